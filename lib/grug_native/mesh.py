@@ -1,0 +1,102 @@
+"""Device meshes with explicit axes, and the few sharding helpers which the model needs.
+
+Three axes: `replica_dcn` (whole replicas, one per slice), `data` (batch, and the parameters: FSDP) and `model`
+(tensor parallelism). Axes of size 1 stay in the mesh, so that a `PartitionSpec` can always name them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, reshard
+from jaxtyping import Array
+
+BATCH_AXES = ("replica_dcn", "data")
+"""The mesh axes over which the batch is split."""
+
+AXIS_NAMES = ("replica_dcn", "data", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshAxes:
+    """Sizes of the mesh axes, in devices. At most one may be -1: it takes what the others leave."""
+
+    replica_dcn: int = 1
+    """Whole replicas of the parameters, usually one per slice or data centre."""
+    data: int = -1
+    """Data parallelism; the parameters and the optimizer state are split over this axis too (FSDP)."""
+    model: int = 1
+    """Tensor parallelism: heads, MLP features and vocabulary are split over this axis."""
+
+    def resolve(self, num_devices: int) -> tuple[int, int, int]:
+        """Returns the sizes of `(replica_dcn, data, model)` for `num_devices` devices.
+
+        Raises:
+            ValueError: if the sizes do not multiply to the number of devices.
+        """
+        sizes = (self.replica_dcn, self.data, self.model)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh axes must be positive, at most one of them -1; got {self}")
+        fixed = int(np.prod([size for size in sizes if size != -1]))
+        if num_devices % fixed != 0 or (-1 not in sizes and fixed != num_devices):
+            raise ValueError(
+                f"a mesh of replica_dcn={self.replica_dcn}, data={self.data}, model={self.model} does not fit "
+                f"{num_devices} device(s): the sizes must multiply to {num_devices}; set one of them to -1 to let it fill up"
+            )
+        replica_dcn, data, model = (num_devices // fixed if size == -1 else size for size in sizes)
+        return replica_dcn, data, model
+
+
+def create_mesh(
+    global_batch_size: int | Sequence[int],
+    axes: MeshAxes = MeshAxes(),
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Makes the explicit-axis mesh of a run.
+
+    Args:
+        global_batch_size: sequences per step over all devices; all sizes, when the batch size is scheduled.
+        axes: sizes of the axes.
+        devices: defaults to all devices of all processes.
+
+    Raises:
+        ValueError: if the axes do not fit the devices, or a batch size does not divide over the data-parallel devices.
+    """
+    chosen = list(jax.devices() if devices is None else devices)
+    shape = axes.resolve(len(chosen))
+    shards = shape[0] * shape[1]
+    for size in (global_batch_size,) if isinstance(global_batch_size, int) else global_batch_size:
+        if size <= 0 or size % shards != 0:
+            below, above = size // shards * shards, (max(size, 0) // shards + 1) * shards
+            nearest = f"{below} or {above}" if below > 0 else f"{above}"
+            raise ValueError(
+                f"train_batch_size={size} does not divide over {shards} data-parallel device(s) "
+                f"(replica_dcn={shape[0]} x data={shape[1]} of {len(chosen)} devices): use {nearest}"
+            )
+    return Mesh(np.array(chosen).reshape(shape), AXIS_NAMES, axis_types=(AxisType.Explicit,) * len(AXIS_NAMES))
+
+
+def explicit_mesh() -> bool:
+    """Whether the ambient mesh has explicit axes, so that operations want output shardings."""
+    mesh = get_abstract_mesh()
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def out_sharding(*spec: str | tuple[str, ...] | None) -> PartitionSpec | None:
+    """The spec as an `out_sharding=` argument under an explicit mesh, None elsewhere."""
+    return PartitionSpec(*spec) if explicit_mesh() else None
+
+
+def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
+    """Lays `x` out as `spec` says under an explicit mesh; elsewhere returns it as it is.
+
+    On a weight this is the FSDP all-gather, and its transpose is the reduce-scatter of the gradient.
+    """
+    return reshard(x, PartitionSpec(*spec)) if explicit_mesh() else x
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose leading axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -1,0 +1,380 @@
+"""The Llama-style transformer: RMSNorm, rotary embeddings (half-split), grouped-query attention, SwiGLU, untied head.
+
+Weights are plain arrays with their shapes in their types. The blocks are one `Block` whose leaves are stacked over
+the layers, whether the layers are then scanned or unrolled, so both run the same checkpoint.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
+from grug_native.mesh import BATCH_AXES, constrain, out_sharding
+from grug_native.types import AttentionMask
+
+CrossEntropyName = Literal["auto", "full", "blockwise"]
+"""A cross-entropy implementation; see `grug_native.loss`."""
+
+RematName = Literal["none", "dots", "full"]
+"""What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+
+ParameterKind = Literal["embedding", "head", "norm", "matrix"]
+"""What a parameter is to an optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrugRopeConfig:
+    """Rotary position embeddings.
+
+    References:
+        Su et al. 2021 (arXiv 2104.09864). The llama3 scaling is Hugging Face's `rope_type="llama3"`.
+    """
+
+    theta: float = 10_000.0
+    """Base of the geometric progression of wavelengths."""
+    llama3_factor: float | None = None
+    """Stretches wavelengths beyond the original context by this factor, as Llama 3.1 does; None leaves them alone."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched whole."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below `original_max_seq_len / high_freq_factor` positions are left alone."""
+    original_max_seq_len: int = 8192
+    """Context, in positions, for which the unscaled embedding was made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrugModelConfig:
+    """Shape and kernels of a `Transformer`. Sizes are counts; nothing here needs a device."""
+
+    vocab_size: int
+    """Rows of the embedding: every token id is below it."""
+    hidden_dim: int
+    """Features of the residual stream (D)."""
+    intermediate_dim: int
+    """Features inside the MLP (F)."""
+    num_layers: int
+    """Blocks (L)."""
+    num_heads: int
+    """Query heads (H)."""
+    num_kv_heads: int
+    """Key/value heads (N); divides `num_heads`. Equal to it for multi-head attention."""
+    max_seq_len: int
+    """Longest sequence, in tokens."""
+    head_dim: int | None = None
+    """Features of a head (E), even. None means `hidden_dim // num_heads`."""
+    layer_norm_eps: float = 1e-5
+    """Added to the mean square inside each RMSNorm."""
+    initializer_std: float = 0.02
+    """Standard deviation of the truncated normal that fills every matrix."""
+    rope: GrugRopeConfig = GrugRopeConfig()
+    """Rotary embeddings."""
+    attention: AttentionName = "auto"
+    """Attention kernel, by name."""
+    cross_entropy: CrossEntropyName = "auto"
+    """Cross-entropy kernel, by name."""
+    remat: RematName = "none"
+    """What the backward pass recomputes."""
+    scan_layers: bool = False
+    """One compiled block in a loop (compiles fast, for deep models), or the blocks unrolled (runs faster)."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("_size", "_dim", "_layers", "_heads", "_len")) and field.type in (int, int | None):
+                if value is not None and value <= 0:
+                    raise ValueError(f"model.{field.name}={value} must be positive")
+        if self.head_dim is None and self.hidden_dim % self.num_heads != 0:
+            raise ValueError(
+                f"model.hidden_dim={self.hidden_dim} is not divisible by model.num_heads={self.num_heads}: "
+                "choose a divisor, or set model.head_dim"
+            )
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}: "
+                "each key/value head serves a whole number of query heads"
+            )
+        if self.features_per_head % 2 != 0:
+            raise ValueError(f"model.head_dim={self.features_per_head} must be even: rotary embeddings turn pairs")
+        for name, value, known in (
+            ("attention", self.attention, ATTENTION_NAMES),
+            ("cross_entropy", self.cross_entropy, get_args(CrossEntropyName)),
+            ("remat", self.remat, get_args(RematName)),
+        ):
+            if value not in known:
+                raise ValueError(f"model.{name}={value!r} is unknown: choose one of {', '.join(known)}")
+
+    @property
+    def features_per_head(self) -> int:
+        """Features of a head (E), resolved."""
+        return self.hidden_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+
+MODEL_PRESETS: dict[str, GrugModelConfig] = {
+    name: GrugModelConfig(
+        vocab_size=vocab_size,
+        hidden_dim=hidden_dim,
+        intermediate_dim=intermediate_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        max_seq_len=max_seq_len,
+    )
+    for name, (vocab_size, hidden_dim, intermediate_dim, num_layers, num_heads, max_seq_len) in {
+        "tiny": (4096, 128, 448, 4, 4, 256),
+        "130m": (128_256, 512, 1792, 6, 8, 2048),
+        "300m": (128_256, 768, 2688, 12, 12, 2048),
+        "520m": (128_256, 1024, 3584, 24, 16, 2048),
+        "1_2b": (128_256, 2048, 7168, 16, 16, 2048),
+    }.items()
+}
+"""The speedrun's sizes (Llama 3 vocabulary), and `tiny`, which a laptop's CPU trains in minutes."""
+
+
+def rotary_tables(config: GrugModelConfig, seq_len: int) -> tuple[Float[Array, "S half"], Float[Array, "S half"]]:
+    """Cosines and sines of the rotary angles, in f32; `half` is half a head's features."""
+    rope, half = config.rope, config.features_per_head // 2
+    frequency = 1.0 / (rope.theta ** (jnp.arange(half, dtype=jnp.float32) / half))
+    if rope.llama3_factor is not None:
+        turns = rope.original_max_seq_len * frequency / (2 * math.pi)
+        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        frequency = (1 - smooth) * frequency / rope.llama3_factor + smooth * frequency
+    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rotary(
+    x: Float[Array, "B S heads E"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
+) -> Float[Array, "B S heads E"]:
+    """Turns each pair `(x[i], x[i + E/2])` by its position's angle (the half-split convention of Hugging Face)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(eqx.Module):
+    """Root-mean-square normalisation, computed in f32.
+
+    References:
+        Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
+
+    weight: Float[Array, " D"]
+
+    def __call__(self, x: Float[Array, "B S D"], *, eps: float) -> Float[Array, "B S D"]:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+        return (x32 * scale * self.weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+class Attention(eqx.Module):
+    """Grouped-query self-attention with rotary embeddings."""
+
+    wq: Float[Array, "D Q"]
+    wk: Float[Array, "D P"]
+    wv: Float[Array, "D P"]
+    wo: Float[Array, "Q D"]
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rope: tuple[Float[Array, "S half"], Float[Array, "S half"]],
+        mask: AttentionMask,
+        config: GrugModelConfig,
+    ) -> Float[Array, "B S D"]:
+        wq, wk, wv = (constrain(w, None, "model") for w in (self.wq, self.wk, self.wv))
+        q = apply_rotary(_split_heads(x @ wq, config.features_per_head), *rope)
+        k = apply_rotary(_split_heads(x @ wk, config.features_per_head), *rope)
+        v = _split_heads(x @ wv, config.features_per_head)
+        context = attention(q, k, v, mask, implementation=config.attention)
+        merged = jnp.reshape(context, (*x.shape[:2], -1), out_sharding=out_sharding(BATCH_AXES, None, "model"))
+        return _project_back(merged, constrain(self.wo, "model", None))
+
+
+class MLP(eqx.Module):
+    """SwiGLU feed-forward layer.
+
+    References:
+        Shazeer 2020 (arXiv 2002.05202).
+    """
+
+    gate: Float[Array, "D F"]
+    up: Float[Array, "D F"]
+    down: Float[Array, "F D"]
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        gate, up = constrain(self.gate, None, "model"), constrain(self.up, None, "model")
+        return _project_back(jax.nn.silu(x @ gate) * (x @ up), constrain(self.down, "model", None))
+
+
+class Block(eqx.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    attn_norm: RMSNorm
+    attn: Attention
+    mlp_norm: RMSNorm
+    mlp: MLP
+
+    @staticmethod
+    def init(config: GrugModelConfig, *, key: PRNGKeyArray) -> "Block":
+        """Draws the weights of one layer."""
+        q, k, v, o, gate, up, down = jax.random.split(key, 7)
+        d, f = config.hidden_dim, config.intermediate_dim
+        heads, kv_heads = (n * config.features_per_head for n in (config.num_heads, config.num_kv_heads))
+        std = config.initializer_std
+        return Block(
+            attn_norm=RMSNorm(jnp.ones(d)),
+            attn=Attention(
+                wq=_normal(q, (d, heads), std),
+                wk=_normal(k, (d, kv_heads), std),
+                wv=_normal(v, (d, kv_heads), std),
+                wo=_normal(o, (heads, d), std),
+            ),
+            mlp_norm=RMSNorm(jnp.ones(d)),
+            mlp=MLP(
+                gate=_normal(gate, (d, f), std), up=_normal(up, (d, f), std), down=_normal(down, (f, d), std)
+            ),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rope: tuple[Float[Array, "S half"], Float[Array, "S half"]],
+        mask: AttentionMask,
+        config: GrugModelConfig,
+    ) -> Float[Array, "B S D"]:
+        x = x + self.attn(self.attn_norm(x, eps=config.layer_norm_eps), rope, mask, config)
+        return x + self.mlp(self.mlp_norm(x, eps=config.layer_norm_eps))
+
+
+class Transformer(eqx.Module):
+    """A causal language model. `model(tokens, mask)` gives hidden states, `model.logits(tokens, mask)` logits."""
+
+    embed: Float[Array, "V D"]
+    blocks: Block
+    """All layers in one `Block`: each leaf has a leading layer axis `L`."""
+    final_norm: RMSNorm
+    lm_head: Float[Array, "D V"]
+    config: GrugModelConfig = eqx.field(static=True)
+
+    @staticmethod
+    def init(config: GrugModelConfig, *, key: PRNGKeyArray) -> "Transformer":
+        """Draws all weights, in f32, laid out over the ambient mesh if there is one."""
+        embed, head, blocks = jax.random.split(key, 3)
+        model = Transformer(
+            embed=_normal(embed, (config.vocab_size, config.hidden_dim), config.initializer_std),
+            blocks=eqx.filter_vmap(lambda k: Block.init(config, key=k))(jax.random.split(blocks, config.num_layers)),
+            final_norm=RMSNorm(jnp.ones(config.hidden_dim)),
+            lm_head=_normal(head, (config.hidden_dim, config.vocab_size), config.initializer_std),
+            config=config,
+        )
+        return shard_parameters(model)
+
+    def __call__(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S D"]:
+        """Hidden states after the final norm, in the dtype of the weights.
+
+        Args:
+            tokens: ids below `config.vocab_size`; larger ones would be clamped by JAX, so they are checked on the host.
+            mask: which positions may attend to which.
+        """
+        config = self.config
+        if tokens.shape[1] > config.max_seq_len:
+            raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}")
+        table = constrain(self.embed, None, None)
+        x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
+        rope = rotary_tables(config, tokens.shape[1])
+
+        def apply(block: Block, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+            return block(x, rope, mask, config)
+
+        apply = _rematerialised(apply, config.remat)
+        if config.scan_layers:
+            x, _ = jax.lax.scan(lambda x, block: (apply(block, x), None), x, self.blocks)
+        else:
+            for block in unstack(self.blocks, config.num_layers):
+                x = apply(block, x)
+        return self.final_norm(x, eps=config.layer_norm_eps)
+
+    def logits(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S V"]:
+        """Unnormalised log-probabilities of the next token, in f32."""
+        head = constrain(self.lm_head, None, "model")
+        return jnp.matmul(self(tokens, mask), head, preferred_element_type=jnp.float32)
+
+
+PARAMETER_KINDS: dict[str, ParameterKind] = {
+    "embed": "embedding",
+    "lm_head": "head",
+    "final_norm": "norm",
+    "attn_norm": "norm",
+    "mlp_norm": "norm",
+    **dict.fromkeys(("wq", "wk", "wv", "wo", "gate", "up", "down"), "matrix"),
+}
+"""Field name -> kind. A parameter added to the model is added here, or the optimizer refuses it."""
+
+_SPECS: dict[str, tuple[str | None, ...]] = {
+    "embed": ("model", "data"),
+    "lm_head": ("data", "model"),
+    **dict.fromkeys(("wq", "wk", "wv", "gate", "up"), (None, "data", "model")),
+    **dict.fromkeys(("wo", "down"), (None, "model", "data")),
+}
+
+
+def parameter_kind(path: tuple[jax.tree_util.KeyEntry, ...]) -> ParameterKind:
+    """The kind of the parameter at a pytree path, by its field's exact name.
+
+    Raises:
+        ValueError: if no field on the path stands in `PARAMETER_KINDS`.
+    """
+    for entry in path:
+        if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in PARAMETER_KINDS:
+            return PARAMETER_KINDS[entry.name]
+    raise ValueError(
+        f"parameter {jax.tree_util.keystr(path)} is of no known kind: add its field to PARAMETER_KINDS in model.py"
+    )
+
+
+def parameter_spec(path: tuple[jax.tree_util.KeyEntry, ...]) -> tuple[str | None, ...]:
+    """Mesh axes of the parameter at a pytree path; norms are replicated."""
+    names = (entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey))
+    return next((_SPECS[name] for name in names if name in _SPECS), ())
+
+
+def shard_parameters(model: Transformer) -> Transformer:
+    """Lays the parameters out over the ambient explicit mesh: FSDP over `data`, tensor-parallel over `model`."""
+    return jax.tree.map_with_path(lambda path, leaf: constrain(leaf, *parameter_spec(path)), model)
+
+
+def cast_parameters(model: Transformer, dtype: str) -> Transformer:
+    """The same model with every weight in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+
+
+def unstack(blocks: Block, num_layers: int) -> list[Block]:
+    """The layers one by one. `lax.split` is used because its transpose is a single concatenation."""
+    leaves, treedef = jax.tree.flatten(blocks)
+    pieces = [jax.lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
+    return [jax.tree.unflatten(treedef, [piece[i][0] for piece in pieces]) for i in range(num_layers)]
+
+
+def _rematerialised[F](apply: F, remat: RematName) -> F:
+    if remat == "none":
+        return apply
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return eqx.filter_checkpoint(apply, policy=policy)
+
+
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
+    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+
+
+def _split_heads(x: Float[Array, "B S heads_x_E"], head_dim: int) -> Float[Array, "B S heads E"]:
+    return jnp.reshape(x, (*x.shape[:2], -1, head_dim), out_sharding=out_sharding(BATCH_AXES, None, "model", None))
+
+
+def _project_back(x: Float[Array, "B S features"], weight: Float[Array, "features D"]) -> Float[Array, "B S D"]:
+    return jnp.einsum("bsf,fd->bsd", x, weight, out_sharding=out_sharding(BATCH_AXES, None, None))

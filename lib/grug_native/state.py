@@ -1,0 +1,48 @@
+"""The whole state of a run between two steps: one pytree of arrays."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from grug_native.model import GrugModelConfig, Transformer
+from grug_native.optimizer import GrugOptimizer
+
+
+class GrugTrainState(eqx.Module):
+    """State after `step` updates; a pure function of config, seed and `step` on a fixed mesh."""
+
+    step: Int[Array, ""]
+    """Updates done, and so the index of the next batch."""
+    params: Transformer
+    """Parameters, in f32."""
+    opt_state: optax.OptState
+    """Moments and counters of the optimizer."""
+    training_key: PRNGKeyArray
+    """Base key of the run; the key of a step is `fold_in(training_key, step)`."""
+    ema_params: Transformer | None
+    """Exponential moving average of the parameters, when the run keeps one."""
+
+
+@eqx.filter_jit
+def init_train_state(
+    model: GrugModelConfig, optimizer: GrugOptimizer, *, key: PRNGKeyArray, ema: bool = False
+) -> GrugTrainState:
+    """Draws the state of step 0, laid out over the ambient mesh (`jax.set_mesh`) if there is one.
+
+    Args:
+        model: shape of the model.
+        optimizer: whose state is made.
+        key: all randomness of the run derives from it.
+        ema: whether to keep a moving average of the parameters; it starts at the parameters.
+    """
+    init_key, training_key = jax.random.split(key)
+    params = Transformer.init(model, key=init_key)
+    return GrugTrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        training_key=training_key,
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )

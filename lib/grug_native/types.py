@@ -1,0 +1,61 @@
+"""The axis legend and the shared array types. One letter means one thing in the whole package.
+
+| letter | axis |
+|---|---|
+| `B` | sequences of the global batch |
+| `S` | positions of a sequence (queries, and keys when `K` is absent) |
+| `K` | key positions |
+| `D` | hidden (residual) features |
+| `F` | intermediate (MLP) features |
+| `H` | query heads; `N` key/value heads; `G` query heads per key/value head |
+| `E` | features of one head |
+| `Q` | `H * E`; `P`: `N * E` |
+| `V` | vocabulary |
+| `L` | layers |
+| `T` | flattened tokens, `B * S` |
+"""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int
+
+type Scalar = Float[Array, ""]
+type Tokens = Int[Array, "B S"]
+type Hidden = Float[Array, "B S D"]
+type DenseMask = Bool[Array, "B S K"]
+
+
+@runtime_checkable
+class AttentionMask(Protocol):
+    """What levanter's `levanter.grug.attention.AttentionMask` offers, seen without importing levanter.
+
+    A query at position `s` may attend to the key at position `k` iff every condition that is set holds:
+    `is_causal` (`k <= s`), `sliding_window` of `W` tokens (`k > s - W`, itself included), and equal `segment_ids`.
+    """
+
+    @property
+    def is_causal(self) -> bool: ...
+
+    @property
+    def segment_ids(self) -> tuple[Array, Array] | None: ...
+
+    @property
+    def sliding_window(self) -> int | None: ...
+
+
+@runtime_checkable
+class LmBatch(Protocol):
+    """What levanter's `GrugLmExample` offers, seen without importing levanter (which takes ten seconds).
+
+    `GrugLmExample` is the only batch class; this is its shape. `loss_weight[b, s]` weighs the prediction of
+    `tokens[b, s + 1]`, so the last position of each row has weight 0.
+    """
+
+    @property
+    def tokens(self) -> Array: ...
+
+    @property
+    def loss_weight(self) -> Array: ...
+
+    @property
+    def attn_mask(self) -> AttentionMask: ...
