@@ -1,0 +1,263 @@
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from levanter.data.text.cache import build_lm_dataset_cache
+from levanter.data.text.datasets import LmDataConfig, UrlDatasetSourceConfig
+from levanter.data.text.formats import TextLmDatasetFormat
+from levanter.store.cache import TreeCache
+
+from grug_native import corpus_store
+from grug_native.corpus import embedded_corpus, hold_out, local_text_data
+from grug_native.corpus_store import EOS, Split, read_counts
+from grug_native.documents import docstrings, read_stdlib
+from tests.fixtures_data import make_text
+
+
+def _source(cfg: LmDataConfig, domain: str) -> UrlDatasetSourceConfig:
+    source = cfg.sources[domain]
+    assert isinstance(source, UrlDatasetSourceConfig)
+    return source
+
+
+def _root(cfg: LmDataConfig) -> Path:
+    return Path(str(cfg.cache_dir)).parent
+
+
+def _cached(cfg: LmDataConfig, split: Split) -> dict[str, list[str]]:
+    """The documents of each domain, decoded from its token cache, without their end."""
+    return {name: _decode(cfg, cache) for name, cache in cfg.build_caches(split).items()}
+
+
+def _decode(cfg: LmDataConfig, cache: TreeCache[dict[str, np.ndarray]]) -> list[str]:
+    texts = [cfg.the_tokenizer.decode(row["input_ids"].tolist()) for row in cache.get_batch_sync(range(len(cache)))]
+    assert all(text.endswith(" " + EOS) for text in texts)
+    return [text.removesuffix(" " + EOS) for text in texts]
+
+
+def test_every_kind_of_file_arrives_whole(tmp_path: Path) -> None:
+    (tmp_path / "code" / "deep").mkdir(parents=True)
+    (tmp_path / "code" / "a.py").write_text("print('ä')\r\n")
+    (tmp_path / "code" / "deep" / "b.md").write_text("\ufeff# title\n")
+    (tmp_path / "code" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "code" / ".hidden.txt").write_text("hidden")
+    (tmp_path / "rows.jsonl").write_text('{"body": "first\\n日本"}\n\n{"body": ""}\n{"body": "second", "text": 3}\n')
+    pq.write_table(pa.table({"body": ["third", "fourth"], "id": [1, 2]}), tmp_path / "rows.parquet")
+    cfg = local_text_data(
+        {"code": tmp_path / "code", "rows": [tmp_path / "rows.jsonl", str(tmp_path / "rows.parquet")]},
+        cache_dir=tmp_path / "out",
+        vocab_size=257,
+        validation_fraction=0.0,
+        text_key="body",
+    )
+    assert _cached(cfg, "train") == {
+        "code": ["print('ä')\r\n", "# title\n"],
+        "rows": ["first\n日本", "second", "third", "fourth"],
+    }
+    assert cfg.build_caches("validation") == {}
+
+
+def test_splits_are_whole_documents_and_nothing_is_lost(small_corpus: LmDataConfig, text_folder: Path) -> None:
+    train, held_out = _cached(small_corpus, "train"), _cached(small_corpus, "validation")
+    counts = read_counts(_root(small_corpus))
+    for domain in ("caves", "clubs"):
+        documents = {file.read_text() for file in (text_folder / domain).iterdir()}
+        assert set(train[domain]) | set(held_out[domain]) == documents
+        assert len(train[domain]) + len(held_out[domain]) == len(documents)
+        assert train[domain] and held_out[domain]
+        assert counts[domain]["train"]["documents"] == len(train[domain])
+        assert counts[domain]["train"]["bytes"] == sum(len(text.encode()) for text in train[domain])
+    tokens = {name: cache.flat_field_length("input_ids") for name, cache in small_corpus.build_caches("train").items()}
+    assert tokens == {name: count["train"]["tokens"] for name, count in counts.items()}
+
+
+def test_one_big_file_is_split_by_position(tmp_path: Path) -> None:
+    text = make_text(0, 2000)
+    (tmp_path / "one.txt").write_text(text)
+    cfg = local_text_data({"one": tmp_path / "one.txt"}, cache_dir=tmp_path / "out", vocab_size=257)
+    [train], [held_out] = _cached(cfg, "train")["one"], _cached(cfg, "validation")["one"]
+    assert train + held_out == text
+    assert train.endswith("\n")
+    assert 0.04 < len(held_out) / len(text) < 0.06
+
+
+def test_caches_equal_those_that_levanter_builds(small_corpus: LmDataConfig, tmp_path: Path) -> None:
+    ours = small_corpus.build_caches("train")["clubs"]
+    shards = _source(small_corpus, "clubs").get_shard_source("train")
+    assert shards is not None
+    theirs = build_lm_dataset_cache(
+        str(tmp_path / "clubs" / "train"), shards, TextLmDatasetFormat(), small_corpus.the_tokenizer
+    )
+    assert ours.ledger.metadata == theirs.ledger.metadata
+    assert ours.ledger.field_counts == theirs.ledger.field_counts
+    rows = range(len(theirs))
+    for mine, other in zip(ours.get_batch_sync(rows), theirs.get_batch_sync(rows), strict=True):
+        np.testing.assert_array_equal(mine["input_ids"], other["input_ids"])
+        assert mine["input_ids"].dtype == other["input_ids"].dtype
+
+
+def _small(folder: Path, out: Path, *, vocab_size: int = 280) -> LmDataConfig:
+    return local_text_data({"clubs": folder}, cache_dir=out, vocab_size=vocab_size, validation_fraction=0.3)
+
+
+def test_equal_inputs_find_the_same_corpus_and_others_make_another(tmp_path: Path, text_folder: Path) -> None:
+    texts = shutil.copytree(text_folder / "clubs", tmp_path / "texts")
+    out = tmp_path / "out"
+    first = _small(texts, out)
+    made = (_root(first) / "corpus.json").stat().st_mtime_ns
+    assert _small(texts, out) == first
+    assert (_root(first) / "corpus.json").stat().st_mtime_ns == made
+    others = [_small(texts, out, vocab_size=290)]
+    (texts / "extra.txt").write_text("more")
+    others.append(_small(texts, out))
+    assert len({_root(cfg) for cfg in [first, *others]}) == 3
+    assert sorted(out.iterdir()) == sorted(_root(cfg) for cfg in [first, *others])
+
+
+def test_a_corpus_is_made_of_its_inputs_alone(tmp_path: Path, text_folder: Path) -> None:
+    moved = shutil.copytree(text_folder / "clubs", tmp_path / "elsewhere")
+    first, second = _small(text_folder / "clubs", tmp_path / "a"), _small(moved, tmp_path / "b")
+    assert _root(first).name == _root(second).name
+    for file in sorted(file.relative_to(_root(first)) for file in _root(first).rglob("*") if file.is_file()):
+        if file.name != "shard_ledger.json":  # which records where the tokenizer is
+            assert (_root(first) / file).read_bytes() == (_root(second) / file).read_bytes(), file
+
+
+def test_what_ends_the_making_leaves_nothing_behind(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_store, "_write_caches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _small(text_folder / "clubs", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert _cached(_small(text_folder / "clubs", tmp_path / "out"), "train")["clubs"]
+
+
+def test_two_makers_at_once_end_with_one_corpus(tmp_path: Path, text_folder: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: _small(text_folder / "clubs", tmp_path / "out"), range(2)))
+    assert both[0] == both[1]
+    assert list((tmp_path / "out").iterdir()) == [_root(both[0])]
+
+
+def test_a_given_tokenizer_is_used(tmp_path: Path, small_corpus: LmDataConfig, text_folder: Path) -> None:
+    cfg = local_text_data(
+        {"x": text_folder / "clubs"}, cache_dir=tmp_path, validation_fraction=0.0, tokenizer=small_corpus.tokenizer
+    )
+    assert cfg.tokenizer == small_corpus.tokenizer
+    assert not (_root(cfg) / "tokenizer").exists()
+    assert set(_cached(cfg, "train")["x"]) == {file.read_text() for file in (text_folder / "clubs").iterdir()}
+
+
+@given(
+    sizes=st.dictionaries(st.text(min_size=1), st.integers(1, 1000), min_size=1, max_size=30),
+    fraction=st.floats(0, 0.49),
+)
+def test_held_out_documents_stay_within_twice_the_fraction(sizes: dict[str, int], fraction: float) -> None:
+    chosen = hold_out(sizes, fraction)
+    total = sum(sizes.values())
+    assert chosen <= sizes.keys()
+    assert sum(sizes[name] for name in chosen) <= 2 * fraction * total
+    assert chosen == hold_out(dict(reversed(sizes.items())), fraction)
+    if all(size <= fraction * total for size in sizes.values()):
+        assert sum(sizes[name] for name in chosen) >= fraction * total
+
+
+_BAD_FILES: Mapping[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "is empty"),
+    "picture.png": (b"\x89PNG", r"suffix '\.png'"),
+    "latin.txt": (b"fine\nfine\ncaf\xe9 \n", r"latin\.txt, line 3: byte 0xe9 is not UTF-8"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin\.jsonl, line 2: byte 0xe9 is not UTF-8"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken\.jsonl, line 2: not JSON"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl, line 1: there is no field 'text'; found list"),
+    "other.jsonl": (
+        b'{"text": "a"}\n{"body": "b"}\n',
+        r"other\.jsonl, line 2: there is no field 'text'; found \['body'\]",
+    ),
+    "number.jsonl": (b'{"text": 5}\n', r"number\.jsonl, line 1: the field 'text' is int, not text"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl, line 1: character 0 is half of a surrogate pair"),
+    "blank.jsonl": (b"\n\n", "hold no text"),
+    "garbage.parquet": (b"PAR1 no", r"garbage\.parquet: not a parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", _BAD_FILES)
+def test_a_bad_file_is_named(name: str, tmp_path: Path) -> None:
+    content, message = _BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        local_text_data({"x": tmp_path / name}, cache_dir=tmp_path / "out")
+
+
+def test_missing_paths_fields_and_columns_are_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.table({"body": ["a"], "text": pa.array([None], pa.string())}), tmp_path / "rows.parquet")
+    for path, key, message in (
+        (tmp_path / "nowhere.txt", "text", r"nowhere\.txt does not exist"),
+        (tmp_path / "folder", "text", "folder holds no file with a known suffix"),
+        (tmp_path / "rows.parquet", "content", r"no column 'content'; found \['body', 'text'\]"),
+        (tmp_path / "rows.parquet", "text", r"rows\.parquet, row 0: the field 'text' is NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            local_text_data({"x": path}, cache_dir=tmp_path / "out", text_key=key)
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    good = {"x": tmp_path / "a.txt"}
+    with pytest.raises(ValueError, match="paths is empty"):
+        local_text_data({}, cache_dir=tmp_path)
+    for name in ("../up", "a//b", "a/train", "", "a b"):
+        with pytest.raises(ValueError, match="a domain cannot be named"):
+            local_text_data({name: tmp_path / "a.txt"}, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"weights names \['y'\]"):
+        local_text_data(good, cache_dir=tmp_path, weights=[(0, {"x": 1.0}), (4, {"y": 1.0})])
+    with pytest.raises(ValueError, match="vocab_size=256"):
+        local_text_data(good, cache_dir=tmp_path, vocab_size=256)
+    with pytest.raises(ValueError, match=r"validation_fraction=0\.5"):
+        local_text_data(good, cache_dir=tmp_path, validation_fraction=0.5)
+    with pytest.raises(ValueError, match="too few to split"):
+        local_text_data(good, cache_dir=tmp_path)
+
+
+def test_docstrings_come_in_order() -> None:
+    source = (
+        '"""Module."""\nclass A:\n    """A.\n\n    More.\n    """\n    def f(self):\n        "f"\nasync def g(): "g"\n'
+    )
+    assert docstrings(source) == "Module.\n\nA.\n\nMore.\n\nf\n\ng"
+    assert docstrings("x = 1") == ""
+
+
+def test_embedded_corpus_holds_a_module_out_of_both_domains(embedded_corpus_config: LmDataConfig) -> None:
+    cfg = embedded_corpus_config
+    modules = {text: name for name, text in read_stdlib().items()}
+    held_out = {modules[text] for text in _cached(cfg, "validation")["python/code"]}
+    trained = {modules[text] for text in _cached(cfg, "train")["python/code"]}
+    assert held_out and not held_out & trained
+    expected = [text for name, module in read_stdlib().items() if name in held_out and (text := docstrings(module))]
+    assert _cached(cfg, "validation")["python/docstrings"] == expected
+
+
+def test_embedded_corpus_is_a_staged_mixture_of_three_tagged_domains(embedded_corpus_config: LmDataConfig) -> None:
+    cfg = embedded_corpus_config
+    counts = read_counts(_root(cfg))
+    assert list(counts) == list(cfg.components) == ["python/code", "python/docstrings", "english/reference"]
+    assert counts["python/code"]["train"]["tokens"] > 1_000_000
+    assert counts["english/reference"]["validation"]["tokens"] > 5_000
+    assert isinstance(cfg.train_weights, list) and len(cfg.train_weights) == 2
+    assert cfg.the_tokenizer.vocab_size == 1024
+    assert cfg.the_tokenizer.eos_token_id == 0
+    assert embedded_corpus(_root(cfg).parent, vocab_size=1024) == cfg
+    assert json.loads((_root(cfg) / "tokenizer" / "tokenizer_config.json").read_text())["eos_token"] == EOS
