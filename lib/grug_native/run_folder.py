@@ -1,0 +1,213 @@
+"""A run's folder on a POSIX disk: names, the lock, and deletion that survives being killed halfway.
+
+Names under `checkpoints/`:
+
+- `step-N`: committed and verified. Nothing else is ever loaded.
+- `.saving-RUN_ID-step-N`: being written, or left by a kill; removed at the next start.
+- `.trash-RUN_ID-step-N`: being deleted, or left by a kill; removed at the next start.
+- `.corrupt-step-N`, `.abandoned-step-N`: damaged, or stepped back over. Kept until a person removes them.
+"""
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grug_native.faults import fault_point
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_SPARE_DISK = 2.2
+
+
+class RunLockedError(RuntimeError):
+    """Another process (or another checkpointer of this one) is writing to the run's folder."""
+
+
+def validate_run_id(run_id: str) -> str:
+    """Returns `run_id` if it is safe as a part of a file name.
+
+    Raises:
+        ValueError: It is not 1 to 128 of `A-Z a-z 0-9 . _ -` starting with a letter or a digit.
+    """
+    if _RUN_ID.fullmatch(run_id) is None:
+        raise ValueError(f"run_id={run_id!r} must match {_RUN_ID.pattern}: letters, digits, '.', '_' and '-'")
+    return run_id
+
+
+def run_folder(base: Path, run_id: str) -> Path:
+    """Returns `base/run_id`, resolved.
+
+    Raises:
+        ValueError: `run_id` is not a valid name, or a link leads the folder out of `base`.
+    """
+    root = local_path(str(base))
+    folder = (root / validate_run_id(run_id)).resolve()
+    if folder.parent != root:
+        raise ValueError(f"run_id={run_id!r} leads to {folder}, outside of {root}")
+    return folder
+
+
+def local_path(output_path: str) -> Path:
+    """Returns `output_path` as an absolute path of this machine.
+
+    Raises:
+        ValueError: It is empty, has a NUL byte, or is a URL: the lock and the renames need a POSIX file system.
+    """
+    if not output_path or "\0" in output_path or "://" in output_path:
+        raise ValueError(
+            f"output_path={output_path!r} must be a folder of a POSIX file system, mounted on this machine"
+        )
+    return Path(output_path).resolve()
+
+
+def step_name(step: int) -> str:
+    """Returns the folder name of a committed step."""
+    return f"step-{step}"
+
+
+def saving_name(run_id: str, step: int) -> str:
+    """Returns the folder name of a step that is being written."""
+    return f".saving-{run_id}-step-{step}"
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Returns the steps of the `step-N` folders in `folder`, newest first; links, files and empty folders are none."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return sorted((int(m[1]) for m, path in found if _is_real_folder(path) and any(path.iterdir())), reverse=True)
+
+
+def quarantined(folder: Path) -> list[Path]:
+    """Returns the `.corrupt-*` folders in `folder`."""
+    return sorted(folder.glob(".corrupt-*")) if folder.is_dir() else []
+
+
+def set_aside(path: Path, label: str) -> Path:
+    """Renames `path` to a free `.{label}-{name}` beside it, which no cleaning touches; returns the new path."""
+    names = itertools.chain([f".{label}-{path.name}"], (f".{label}-{path.name}-{n}" for n in itertools.count(2)))
+    target = next(target for name in names if not os.path.lexists(target := path.with_name(name)))
+    path.rename(target)
+    fsync_folder(path.parent)
+    return target
+
+
+def discard(path: Path, run_id: str) -> None:
+    """Deletes the checkpoint at `path`: renamed out of sight first, so that a kill never leaves half of a `step-N`."""
+    trash = path.with_name(f".trash-{run_id}-{path.name}")
+    path.rename(trash)
+    fsync_folder(path.parent)
+    fault_point("mid_gc", int(path.name.removeprefix("step-")))
+    shutil.rmtree(trash)
+
+
+def _leftover(run_id: str) -> re.Pattern[str]:
+    return re.compile(rf"\.(saving|trash)-{re.escape(run_id)}-{_STEP.pattern}(\.orbax-checkpoint-tmp(-[0-9]+)?)?")
+
+
+def sweep_leftovers(folder: Path, run_id: str) -> list[str]:
+    """Removes what a killed process of this run left half-written or half-deleted in `folder`; call it under the lock.
+
+    Only real folders whose name carries this very run id are removed; links are neither followed nor removed.
+
+    Returns:
+        The names that were removed.
+    """
+    leftovers = [p for p in folder.iterdir() if _leftover(run_id).fullmatch(p.name) and _is_real_folder(p)]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return sorted(path.name for path in leftovers)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in folder `path` survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Makes every file and folder under `path` survive a power loss."""
+    for root, _, files in os.walk(path):
+        for name in files:
+            fsync_folder(Path(root) / name)  # fsync asks for a descriptor, of a file or of a folder alike
+        fsync_folder(Path(root))
+
+
+def check_disk(folder: Path, checkpoint_bytes: int) -> None:
+    """Checks, before anything is compiled, that checkpoints of `checkpoint_bytes` bytes can be written into `folder`.
+
+    Raises:
+        OSError: `folder` cannot be written to, or its disk has less free space than 2.2 checkpoints: the one that is
+            kept until the next is verified, the next, and a margin.
+    """
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write checkpoints: {error.strerror}", str(folder)) from error
+    free, needed = shutil.disk_usage(folder).free, int(_SPARE_DISK * checkpoint_bytes)
+    if free < needed:
+        message = f"{free} bytes are free, and two checkpoints need {needed}; free some space or change output_path"
+        raise OSError(errno.ENOSPC, message, str(folder))
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """Who holds a run's folder."""
+
+    run_id: str
+    """The run's name."""
+    pid: int
+    """The holder's process id on `host`."""
+    host: str
+    """The holder's machine."""
+    since: str
+    """When it was taken, UTC, ISO 8601."""
+
+
+class RunLock:
+    """The exclusive right to write into a run's folder; the kernel takes it back however the process ends.
+
+    It is `flock` on `folder/.lock`, which holds the owner's name for whoever is refused.
+    """
+
+    def __init__(self, folder: Path, run_id: str):
+        """Takes the lock.
+
+        Raises:
+            RunLockedError: Someone holds it.
+        """
+        path = folder / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 4096, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise RunLockedError(
+                f"{folder} is being written to by {owner}; wait for it, stop it, or give another output_path"
+            ) from None
+        owner = LockOwner(run_id, os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+        self._file = os.fdopen(descriptor, "r+b")
+
+    def release(self) -> None:
+        """Gives the lock back; doing so twice is harmless."""
+        self._file.close()

@@ -1,0 +1,101 @@
+"""Being told to stop: SIGTERM and SIGINT become a question that the loop asks at each step boundary."""
+
+import os
+import signal
+import socket
+import threading
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class ExitCode(IntEnum):
+    """What the process says when it ends. A stop by signal N is 128 + N: 130 for SIGINT, 143 for SIGTERM."""
+
+    FINISHED = 0
+    """Every step is done, and the last checkpoint is committed."""
+    FAILED = 1
+    """An error; its traceback says which."""
+    REFUSED = 2
+    """The user's mistake, such as a changed setting on resume: nothing was started."""
+    NO_USABLE_CHECKPOINT = 3
+    """There are checkpoints, all damaged."""
+    LOCKED = 4
+    """Another process is writing to the run's folder."""
+
+
+class StopSignal:
+    """While entered, the first SIGTERM or SIGINT is remembered, and the second ends the process at once.
+
+    A thread watches for signals through a file descriptor that the C-level handler writes to, so a second signal works
+    also while the main thread compiles or waits for a device.
+
+    With `jax.distributed` and its preemption service, SIGTERM stays JAX's, which makes all processes stop at the same
+    step (a handler of ours would disable that); SIGINT is passed on to it as SIGTERM.
+
+    Only the main thread may handle signals: entered from any other one, it does nothing and never asks to stop.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        self._synced = jax.distributed.is_initialized() and bool(jax.config.read("jax_enable_preemption_service"))
+        self._previous: dict[signal.Signals, Any] = {}
+        self._wakeup: socket.socket | None = None
+        self._previous_wakeup = -1
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        watched, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        handled = (signal.SIGINT,) if self._synced else (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, _do_nothing) for number in handled}
+        threading.Thread(
+            target=self._watch, args=(watched, frozenset(handled)), name="grug-signals", daemon=True
+        ).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._wakeup is None:
+            return
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._wakeup.close()  # the watching thread reads the end of the stream, and ends
+
+    @property
+    def exit_code(self) -> int | None:
+        """128 plus the number of the signal that asked to stop; None if none did."""
+        return None if self._signal is None else 128 + self._signal
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to save and stop after `step` updates.
+
+        Args:
+            step: Updates done. Several processes all ask at every step, in order, and are all told to stop at the same.
+        """
+        if self._synced and multihost_utils.reached_preemption_sync_point(step):
+            self._signal = self._signal or signal.SIGTERM
+            return True
+        return self._signal is not None and not self._synced
+
+    def _watch(self, watched: socket.socket, handled: frozenset[signal.Signals]) -> None:
+        with watched:
+            while numbers := watched.recv(1):
+                if numbers[0] not in handled:
+                    continue
+                if self._signal is not None:
+                    os._exit(128 + numbers[0])
+                self._signal = signal.Signals(numbers[0])
+                if self._synced:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Keeps Python from raising KeyboardInterrupt in the middle of a step; the watching thread does the work."""

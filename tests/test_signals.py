@@ -1,0 +1,88 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from grug_native.signals import ExitCode, StopSignal
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.should_stop(1) and stop.exit_code is None
+        os.kill(os.getpid(), number)
+        wait_until(lambda: stop.should_stop(2))
+        assert stop.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_handlers_come_back_after_an_error_too() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    with pytest.raises(RuntimeError, match="a step failed"), StopSignal():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+        raise RuntimeError("a step failed")
+    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+    wait_until(lambda: "grug-signals" not in [thread.name for thread in threading.enumerate()])
+
+
+def test_other_signals_are_left_alone() -> None:
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: len(seen) == 2)
+            assert not stop.should_stop(1)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_off_the_main_thread_it_does_nothing() -> None:
+    before, asked = signal.getsignal(signal.SIGTERM), list[bool]()
+
+    def run() -> None:
+        with StopSignal() as stop:
+            asked.append(stop.should_stop(1) or signal.getsignal(signal.SIGTERM) is not before)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert asked == [False]
+
+
+def test_the_second_signal_ends_the_process_even_while_the_main_thread_is_in_native_code() -> None:
+    code = """
+import ctypes
+from grug_native.signals import StopSignal
+with StopSignal():
+    print("ready", flush=True)
+    sleep = ctypes.CDLL(None).usleep
+    for _ in range(60):
+        while sleep(999_999):
+            pass
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_exit_codes_are_documented_numbers() -> None:
+    assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 4]
