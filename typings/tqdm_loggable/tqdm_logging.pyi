@@ -1,0 +1,3 @@
+from tqdm_loggable.auto import tqdm
+
+class tqdm_logging(tqdm): ...
