@@ -6,21 +6,47 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import jax
-import levanter.tracker.wandb
-import wandb
-from levanter.tracker.tensorboard import TensorboardConfig
-from levanter.tracker.trackio import TrackioConfig
-from levanter.tracker.wandb import WandbConfig
-
-from grug_native.tracker import Tracker, TrackerConfig
 
 logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 10_000
 """How many calls may wait for a slow tracker; what comes on top is dropped, and counted."""
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What a run asks of a tracker: a part of levanter's `Tracker`, seen without importing levanter."""
+
+    name: str
+    """What the tracker is called in a message."""
+
+    def log(self, metrics: Mapping[str, Any], *, step: int | None, commit: bool | None = None) -> None:
+        """Records the metrics of a step."""
+        ...
+
+    def log_hyperparameters(self, hparams: dict[str, Any]) -> None:
+        """Records the settings of the run."""
+        ...
+
+    def log_summary(self, metrics: dict[str, Any]) -> None:
+        """Records numbers that belong to the whole run."""
+        ...
+
+    def finish(self) -> None:
+        """Sends what is left and closes."""
+        ...
+
+
+@runtime_checkable
+class TrackerConfig(Protocol):
+    """levanter's `TrackerConfig` (wandb, tensorboard, trackio, ...), seen without importing levanter."""
+
+    def init(self, run_id: str | None) -> Tracker:
+        """Makes the tracker; may take long, and may fail."""
+        ...
 
 
 @final
@@ -42,7 +68,7 @@ class ExternalTracker:
             finish_timeout: Seconds that `finish` may take.
         """
         self.name = type(config).__name__
-        self._config = _adjusted(config, start_step)
+        self._config, self._is_wandb = _adjusted(config, start_step)
         self._run_id = run_id
         self._finish_timeout = finish_timeout
         self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
@@ -80,7 +106,9 @@ class ExternalTracker:
         if not self._thread.is_alive():
             return
         logger.warning("%s did not finish within %g s and is given up", self.name, self._finish_timeout)
-        if isinstance(self._config, WandbConfig):
+        if self._is_wandb:
+            import wandb
+
             # Else wandb's hook at the exit of Python waits for the upload, for ever. A teardown waits as well, but it
             # takes the hook away first, and nobody waits for its thread.
             teardown = threading.Thread(target=wandb.teardown, name=f"{self.name}-teardown", daemon=True)
@@ -109,8 +137,11 @@ class ExternalTracker:
             self._tracker = self._config.init(self._run_id)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the run outlives it
             logger.warning("%s could not start, the run goes on without it: %r", self.name, error)
-        # levanter's own hook for the exit starts a thread, which Python 3.12 refuses there with a traceback.
-        atexit.unregister(levanter.tracker.wandb._teardown_wandb_service_bounded)  # pyright: ignore[reportPrivateUsage]
+        if self._is_wandb:
+            from levanter.tracker import wandb as levanter_wandb
+
+            # levanter's hook for the exit starts a thread, which Python 3.12 refuses there with a traceback.
+            atexit.unregister(levanter_wandb._teardown_wandb_service_bounded)  # pyright: ignore[reportPrivateUsage]
 
     def _attempt(self, call: Callable[[Tracker], None], tracker: Tracker) -> None:
         try:
@@ -121,13 +152,20 @@ class ExternalTracker:
                 logger.warning("%s failed, the run goes on: %r; more of it is only counted", self.name, error)
 
 
-def _adjusted(config: TrackerConfig, start_step: int) -> TrackerConfig:
-    """The config as a run wants it: one background thread (ours), no code upload by default, no step twice."""
+def _adjusted(config: TrackerConfig, start_step: int) -> tuple[TrackerConfig, bool]:
+    """The config as a run wants it (one background thread, ours; no code upload by default; no step twice).
+
+    Also says whether it is wandb's. Called on the thread of the run: two threads may not import levanter at once.
+    """
+    from levanter.tracker.tensorboard import TensorboardConfig
+    from levanter.tracker.trackio import TrackioConfig
+    from levanter.tracker.wandb import WandbConfig
+
     if isinstance(config, WandbConfig):
         save_code = config.save_code if isinstance(config.save_code, str) else False
-        return replace(config, background=False, save_code=save_code)
+        return replace(config, background=False, save_code=save_code), True
     if isinstance(config, TrackioConfig):
-        return replace(config, background=False)
+        return replace(config, background=False), False
     if isinstance(config, TensorboardConfig) and config.purge_step is None:
-        return replace(config, purge_step=start_step)
-    return config
+        return replace(config, purge_step=start_step), False
+    return config, False

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, cast, final, runtime_checkable
+from typing import Any, cast, final
 
 import jax
 import numpy as np
+
+from grug_native.external_trackers import ExternalTracker, Tracker, TrackerConfig
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the metrics file in the directory of a run."""
@@ -25,39 +27,6 @@ MetricRow = dict[str, Scalar]
 
 # The spelling of protobuf's JSON, which `float()`, pandas and JavaScript's `Number()` all read back.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """What a run asks of a tracker: a part of levanter's `Tracker`, seen without importing levanter."""
-
-    name: str
-    """What the tracker is called in a message."""
-
-    def log(self, metrics: Mapping[str, Any], *, step: int | None, commit: bool | None = None) -> None:
-        """Records the metrics of a step."""
-        ...
-
-    def log_hyperparameters(self, hparams: dict[str, Any]) -> None:
-        """Records the settings of the run."""
-        ...
-
-    def log_summary(self, metrics: dict[str, Any]) -> None:
-        """Records numbers that belong to the whole run."""
-        ...
-
-    def finish(self) -> None:
-        """Sends what is left and closes."""
-        ...
-
-
-@runtime_checkable
-class TrackerConfig(Protocol):
-    """levanter's `TrackerConfig` (wandb, tensorboard, trackio, ...), seen without importing levanter."""
-
-    def init(self, run_id: str | None) -> Tracker:
-        """Makes the tracker; may take long, and may fail."""
-        ...
 
 
 @final
@@ -234,8 +203,6 @@ def build_trackers(
         jsonl.truncate_to(start_step)
     if not configs:
         return RunTracker(jsonl, ())
-    from grug_native.external_trackers import ExternalTracker
-
     others = [ExternalTracker(c, run_id, start_step=start_step, finish_timeout=finish_timeout) for c in configs]
     return RunTracker(jsonl, others)
 
