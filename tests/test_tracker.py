@@ -98,8 +98,7 @@ def test_lines_of_one_step_are_one_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (jnp.float32(0.1), float(np.float32(0.1))),
-        (jnp.bfloat16(1.5), 1.5),
+        (np.float32(0.1), float(np.float32(0.1))),
         (np.int64(7), 7),
         (np.array([2.0]), 2.0),
         (True, True),
@@ -112,6 +111,13 @@ def test_scalars_of_every_kind(tmp_path: Path, value: Metric, expected: float | 
     tracker.close()
     row: MetricRow = {"step": 0, "x": expected}
     assert read_metrics(tmp_path / "metrics.jsonl") == [row]
+
+
+def test_an_array_of_the_device_is_a_scalar_too(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker.log({"half": jnp.bfloat16(1.5), "count": jnp.int32(7)}, step=0)
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "half": 1.5, "count": 7}\n'
 
 
 def test_a_step_is_logged_once_and_steps_never_go_back(tmp_path: Path) -> None:
