@@ -63,7 +63,9 @@ def check_lm_batch(batch: LmBatch) -> None:
     check_batch(batch.tokens, batch.loss_weight, *(batch.attn_mask.segment_ids or (None, None)))
 
 
-def per_token_loss(params: Transformer, batch: LmBatch, *, compute_dtype: ComputeDtype = "float32") -> Float[Array, "B S"]:
+def per_token_loss(
+    params: Transformer, batch: LmBatch, *, compute_dtype: ComputeDtype = "float32"
+) -> Float[Array, "B S"]:
     """Nats of predicting `tokens[b, s + 1]` at position `s`, unweighted, in f32.
 
     The last position of each row predicts the row's first token: it means nothing, and `loss_weight` is 0 there.
@@ -74,7 +76,9 @@ def per_token_loss(params: Transformer, batch: LmBatch, *, compute_dtype: Comput
     if _implementation(params, batch) == "full":
         return _full_losses(hidden, constrain(model.lm_head, None, "model"), labels)[0]
 
-    def local(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    def local(
+        hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"]
+    ) -> Float[Array, "B S"]:
         flat = _flatten(hidden, labels, jnp.ones(labels.shape, jnp.float32))
         nats = jax.lax.map(lambda block: _block_losses(block[0], head, block[1])[0], flat[:2])
         return nats.reshape(-1)[: labels.size].reshape(labels.shape)
@@ -122,9 +126,9 @@ def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
     config = params.config
-    return choose_cross_entropy(
-        config.cross_entropy, tokens=batch.tokens.size // shards, vocab_size=config.vocab_size
-    )[0]
+    return choose_cross_entropy(config.cross_entropy, tokens=batch.tokens.size // shards, vocab_size=config.vocab_size)[
+        0
+    ]
 
 
 def _full_losses(
@@ -231,4 +235,5 @@ def _per_shard(
         return function(hidden, head, *per_token)
     batch = PartitionSpec(BATCH_AXES)
     in_specs = (batch, PartitionSpec(), *(batch for _ in per_token))
-    return jax.shard_map(function, in_specs=in_specs, out_specs=batch)(hidden, constrain(head, None, None), *per_token)
+    placed = (constrain(x, BATCH_AXES, *(None for _ in x.shape[1:])) for x in per_token)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=batch)(hidden, constrain(head, None, None), *placed)

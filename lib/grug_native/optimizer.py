@@ -67,7 +67,9 @@ class GrugOptimizerConfig:
     def __post_init__(self) -> None:
         for name, known in (("kind", get_args(OptimizerName)), ("schedule", get_args(ScheduleName))):
             if getattr(self, name) not in known:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}"
+                )
         for name in ("learning_rate", "epsilon", "newton_schulz_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
@@ -189,7 +191,9 @@ class GrugOptimizer(eqx.Module):
         """
         if self.config.levanter is not None:
             return _levanter_routing(self.config.levanter, self.num_train_steps, params)
-        groups = _muon_groups(params) if self.config.kind == "muon" else jax.tree.map(lambda _: self.config.kind, params)
+        groups = (
+            _muon_groups(params) if self.config.kind == "muon" else jax.tree.map(lambda _: self.config.kind, params)
+        )
         decayed = jax.tree.map(lambda mask: mask and self.config.weight_decay > 0, decay_mask(params))
         return _table(params, groups, decayed)
 
@@ -275,11 +279,20 @@ def _table[Params: PyTree](params: Params, groups: PyTree, decayed: PyTree) -> t
     )
 
 
-def _levanter_routing(
-    config: LevanterOptimizerConfig, num_train_steps: int, params: PyTree
-) -> tuple[Route, ...]:
+def _levanter_routing(config: LevanterOptimizerConfig, num_train_steps: int, params: PyTree) -> tuple[Route, ...]:
     name = type(config).__name__
     shapes = eqx.filter_eval_shape(lambda tree: tree, params)
+    # levanter's multi-group optimizers label parameters by haliax's module classes, which raw arrays do not have.
+    label = getattr(config, "create_mask", None)
+    groups = jax.tree.map(lambda _: name, shapes) if label is None else label(shapes)
+    kinds = jax.tree.leaves(jax.tree.map_with_path(lambda path, _: parameter_kind(path), shapes))
+    labelled = list(zip(kinds, jax.tree.leaves(groups), strict=True))
+    shared = {group for kind, group in labelled if kind == "matrix"} & {g for kind, g in labelled if kind != "matrix"}
+    if label is not None and shared:
+        raise ValueError(
+            f"optimizer.levanter={name} would send matrices of the blocks to {sorted(shared)}, as it does embedding or "
+            "norms: it looks for haliax layers and finds raw arrays. Use kind='muon' instead"
+        )
     transform = config.build(num_train_steps)
     try:
         state = eqx.filter_eval_shape(transform.init, shapes)
@@ -289,14 +302,12 @@ def _levanter_routing(
             f"optimizer.levanter={name} does not run on raw arrays ({type(error).__name__}: {error}): "
             "use kind='adamw', 'muon' or 'lion', or levanter's adam, lion, cautious or adopt"
         ) from error
-    # levanter's multi-group optimizers label parameters by haliax's module classes, which raw arrays do not have.
-    label = getattr(config, "create_mask", None)
-    groups = label(shapes) if label is not None else jax.tree.map(lambda _: name, shapes)
-    if label is not None and len(set(jax.tree.leaves(groups))) == 1:
-        raise ValueError(
-            f"optimizer.levanter={name} would send all {len(jax.tree.leaves(groups))} parameters to "
-            f"{jax.tree.leaves(groups)[0]!r}: it looks for haliax layers and finds raw arrays. Use kind='muon' instead"
-        )
+    if label is None and any(map(_is_partition, jax.tree.leaves(state, is_leaf=_is_partition))):
+        raise ValueError(f"optimizer.levanter={name} hides which group a parameter goes to: use kind='muon' instead")
     mask = config.build_weight_decay_mask()
     decayed = jax.tree.map(lambda _: True, shapes) if mask is None else mask(shapes)
     return _table(shapes, groups, jax.tree.map(lambda leaf: bool(leaf) and config.weight_decay > 0, decayed))
+
+
+def _is_partition(node: object) -> bool:
+    return isinstance(node, optax.transforms.PartitionState)

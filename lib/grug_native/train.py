@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grug_native.loss import ComputeDtype, next_token_loss
 from grug_native.model import Transformer
@@ -46,6 +46,8 @@ class StepMetrics(eqx.Module):
     """Token positions in the batch, padding included."""
     nonfinite: Bool[Array, ""]
     """Whether the loss, a gradient, an update or a new parameter is not finite."""
+    batch_digest: UInt32[Array, ""]
+    """A hash of the tokens, the same on every mesh; equal runs have equal digests at every step."""
 
 
 def train_step(
@@ -94,6 +96,7 @@ def _train_step(
         learning_rate=optimizer.learning_rate(state.step),
         tokens=jnp.asarray(batch.tokens.size, jnp.int32),
         nonfinite=~finite,
+        batch_digest=_digest(batch.tokens),
     )
     next_state = GrugTrainState(
         step=state.step + 1,
@@ -103,6 +106,13 @@ def _train_step(
         ema_params=_average(state.ema_params, params, config.ema_beta),
     )
     return next_state, metrics
+
+
+def _digest(tokens: Int[Array, "B S"]) -> UInt32[Array, ""]:
+    """A sum of tokens times odd numbers that depend on their position, modulo 2^32."""
+    position = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+    weight = (position * jnp.uint32(2_654_435_761)) | jnp.uint32(1)
+    return jnp.sum((tokens.astype(jnp.uint32) + 1) * weight, dtype=jnp.uint32)
 
 
 def _average(ema: Transformer | None, params: Transformer, beta: float | None) -> Transformer | None:

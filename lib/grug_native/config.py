@@ -1,0 +1,266 @@
+"""The configuration of a run: plain frozen data, its cross-checks, and YAML in and out."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import draccus
+import yaml
+
+from grug_native.eval_config import GrugEvalConfig
+from grug_native.mesh import MeshAxes
+from grug_native.model import GrugModelConfig
+from grug_native.optimizer import GrugOptimizerConfig
+
+if TYPE_CHECKING:
+    from levanter.data.text.datasets import LmDataConfig
+    from levanter.tracker import TrackerConfig
+else:  # Importing levanter takes seconds, and a config is made and printed without it.
+    LmDataConfig = Any
+    TrackerConfig = Any
+
+NonFinitePolicy = Literal["stop", "skip"]
+"""What a step whose loss, gradient or update is not finite does to the run."""
+
+ComputeDtypeName = Literal["auto", "float32", "bfloat16"]
+"""Dtype of the forward and backward pass; `auto` is bfloat16 on GPU and TPU, float32 on CPU, where XLA's bf16 is slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrugTrainerConfig:
+    """How long, how much at a time, and what happens between the steps."""
+
+    num_train_steps: int
+    """Updates of the whole run; the learning-rate schedule ends there."""
+    train_batch_size: int | tuple[tuple[int, int], ...]
+    """Sequences per step over all devices; or a schedule, pairs of (first step, sequences), the first at step 0."""
+    train_seq_len: int | None = None
+    """Tokens of a sequence; None means `model.max_seq_len`."""
+    seed: int = 0
+    """Seed of the initial parameters."""
+    data_seed: int | None = None
+    """Seed of the shuffling and of the mixture's order; None means `seed`."""
+    ema_beta: float | None = None
+    """Decay per step of the parameters' moving average; None keeps none."""
+    z_loss_weight: float = 0.0
+    """Weight of the squared log-partition in the loss."""
+    compute_dtype: ComputeDtypeName = "auto"
+    """Dtype of the forward and backward pass; parameters and optimizer state are f32."""
+    mesh: MeshAxes = MeshAxes()
+    """Sizes of the mesh axes, in devices."""
+    log_every: int = 1
+    """Steps from one logged step to the next."""
+    prefetch: int = 4
+    """Batches kept ready on the devices."""
+    steps_per_checkpoint: int | None = None
+    """Steps from one permanent checkpoint to the next; None keeps only the one at the end."""
+    minutes_per_temporary_checkpoint: float | None = 10.0
+    """Minutes from any checkpoint to the next temporary one, which replaces the last; None makes none."""
+    nonfinite: NonFinitePolicy = "stop"
+    """`stop` ends the run before anything is saved; `skip` leaves the state as it was and goes on."""
+    max_skipped_steps: int = 10
+    """With `skip`: so many skipped steps are borne, in one process; one more stops the run."""
+    run_id: str | None = None
+    """Name of the run, in checkpoints and trackers; None means the last part of `output_path`."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """levanter's tracker configs (wandb, tensorboard, ...); `metrics.jsonl` is written in any case."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train_steps", "log_every", "prefetch"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps} must not be negative")
+        if self.train_seq_len is not None and self.train_seq_len < 2:
+            raise ValueError(
+                f"trainer.train_seq_len={self.train_seq_len} must be at least 2: one token predicts the next"
+            )
+        if self.ema_beta is not None and not 0 <= self.ema_beta < 1:
+            raise ValueError(f"trainer.ema_beta={self.ema_beta} must lie in [0, 1), or be null for no moving average")
+        if self.z_loss_weight < 0:
+            raise ValueError(f"trainer.z_loss_weight={self.z_loss_weight} must not be negative")
+        for name, known in (("compute_dtype", get_args(ComputeDtypeName)), ("nonfinite", get_args(NonFinitePolicy))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"trainer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        starts = [start for start, _ in self.batch_stages]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError(
+                f"trainer.train_batch_size={self.train_batch_size} must be pairs of (first step, sequences), "
+                "the first at step 0 and each later than the one before"
+            )
+        if any(size <= 0 for _, size in self.batch_stages):
+            raise ValueError(f"trainer.train_batch_size={self.train_batch_size} must be positive")
+
+    @property
+    def batch_stages(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (first step, sequences per step)."""
+        size = self.train_batch_size
+        return ((0, size),) if isinstance(size, int) else size
+
+    def batch_size_at(self, step: int) -> int:
+        """Sequences of the global batch of `step`."""
+        return next(size for start, size in reversed(self.batch_stages) if start <= step)
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences consumed by the steps before `step`: the data offset of its batch."""
+        ends = [start for start, _ in self.batch_stages[1:]] + [step]
+        return sum(
+            max(0, min(end, step) - start) * size for (start, size), end in zip(self.batch_stages, ends, strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrugNativeRunConfig:
+    """Everything that a run is made of. Fed back from a run's `config.yaml`, it makes the same run again."""
+
+    model: GrugModelConfig
+    """Shape and kernels of the model."""
+    data: LmDataConfig
+    """levanter's data config: components, mixture weights, tokenizer, caches."""
+    optimizer: GrugOptimizerConfig
+    """Optimizer and schedule."""
+    trainer: GrugTrainerConfig
+    """Steps, batches, mesh, checkpoints, trackers."""
+    eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
+    """When and on what the model is evaluated."""
+    output_path: str
+    """Folder of the run: `runs/NAME`."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"trainer.train_seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
+                "shorten the sequences or raise model.max_seq_len"
+            )
+        if not self.output_path or Path(self.output_path).is_file():
+            raise ValueError(f"output_path={self.output_path!r} must be a folder, or a name that is free for one")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run_id):
+            raise ValueError(
+                f"trainer.run_id={self.run_id!r} must be letters, digits, '.', '_' and '-', at most 128, the first a "
+                "letter or digit; unset, it is the last part of output_path"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a training sequence."""
+        return self.model.max_seq_len if self.trainer.train_seq_len is None else self.trainer.train_seq_len
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run."""
+        return Path(self.output_path).name if self.trainer.run_id is None else self.trainer.run_id
+
+
+COSMETIC_FIELDS = (
+    "output_path",
+    "eval",
+    "data",
+    "model.attention",
+    "model.cross_entropy",
+    "model.remat",
+    "model.scan_layers",
+    *(
+        f"trainer.{name}"
+        for name in (
+            "mesh",
+            "log_every",
+            "prefetch",
+            "steps_per_checkpoint",
+            "minutes_per_temporary_checkpoint",
+            "max_skipped_steps",
+            "trackers",
+        )
+    ),
+)
+"""Fields, and whole sections, which leave the mathematics of a run as it is, so that a resumed run may change them.
+
+`data` is among them because what matters of it, the tokens and their order, has a fingerprint of its own.
+"""
+
+
+def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
+    """The config as plain JSON data."""
+    from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
+    from levanter.tracker import TrackerConfig as LevanterTrackerConfig
+
+    levanter, trackers = config.optimizer.levanter, config.trainer.trackers
+    sections = {
+        "model": asdict(config.model),
+        "data": draccus.encode(config.data),
+        "optimizer": asdict(replace(config.optimizer, kind="adamw", levanter=None))
+        | {"kind": config.optimizer.kind}
+        | ({} if levanter is None else {"levanter": draccus.encode(levanter, LevanterOptimizerConfig)}),
+        "trainer": asdict(replace(config.trainer, trackers=()))
+        | {"trackers": [draccus.encode(tracker, LevanterTrackerConfig) for tracker in trackers]},
+        "eval": asdict(config.eval),
+        "output_path": config.output_path,
+    }
+    return json.loads(json.dumps(sections))
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
+    """Reads what `config_to_dict` wrote; missing fields take their defaults.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest known name, or a value of the wrong type.
+    """
+    from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
+    from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
+    from levanter.tracker import TrackerConfig as LevanterTrackerConfig
+
+    _check_keys(GrugNativeRunConfig, raw, "")
+    sections = dict(raw)
+    try:
+        if "data" in sections:
+            _check_keys(LevanterDataConfig, sections["data"], "data.")
+            sections["data"] = draccus.decode(LevanterDataConfig, sections["data"])
+        optimizer = dict(sections.get("optimizer", {}))
+        if optimizer.get("levanter") is not None:
+            optimizer["levanter"] = draccus.decode(LevanterOptimizerConfig, optimizer["levanter"])
+        trainer = dict(sections.get("trainer", {}))
+        trackers = trainer.get("trackers", ())
+        trainer["trackers"] = [draccus.decode(LevanterTrackerConfig, tracker) for tracker in trackers]
+        return draccus.decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer})
+    except draccus.ParsingError as error:
+        raise ValueError(str(error)) from error
+
+
+def save_config(config: GrugNativeRunConfig, path: Path) -> None:
+    """Writes the config as YAML, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    partial.replace(path)
+
+
+def load_config(path: Path) -> GrugNativeRunConfig:
+    """Reads a config from YAML.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
+        FileNotFoundError: if there is no such file.
+    """
+    raw = yaml.safe_load(path.read_text())
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            f"{path} holds no mapping: it should have the keys model, data, optimizer, trainer, output_path"
+        )
+    return config_from_dict(cast(Mapping[str, Any], raw))
+
+
+def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:
+    known = {item.name: item.type for item in fields(kind)}
+    for key, value in raw.items():
+        if key not in known:
+            raise ValueError(f"unknown config key {prefix}{key}{_nearest(key, list(known))}")
+        nested = known[key]
+        if isinstance(nested, type) and is_dataclass(nested) and isinstance(value, Mapping):
+            _check_keys(nested, cast(Mapping[str, Any], value), f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else f": the keys here are {', '.join(known)}"

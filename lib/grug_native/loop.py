@@ -1,0 +1,216 @@
+"""The training loop. The order of work, which everything else relies on:
+
+1. at the boundary before step `t`: save if due, evaluate if due, stop if asked to (and before any of these, read what
+   is pending);
+2. dispatch step `t` on its batch, which is already on the devices;
+3. read and log the metrics of step `t - 1`, while the devices work on `t`.
+
+So row `t` of `metrics.jsonl` describes the parameters after `t` updates, whether a training step or an evaluation
+wrote it, and the checkpoint `step-t` holds exactly those parameters.
+"""
+
+import dataclasses
+import gc
+import logging
+import sys
+import time
+from contextlib import ExitStack
+from typing import final
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint_metadata import RunIdentity
+from grug_native.config import COSMETIC_FIELDS, config_to_dict, save_config
+from grug_native.data import iter_from_step, mixture_metrics
+from grug_native.faults import fault_point
+from grug_native.parts import RunParts
+from grug_native.progress import ProgressLine
+from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.signals import StopSignal
+from grug_native.state import GrugTrainState
+from grug_native.token_cache import tokenizer_digest
+from grug_native.tracker import RunTracker, build_trackers
+from grug_native.train import StepMetrics, train_step
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+"""Name of the resolved config in the folder of a run."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient, update or parameter is not finite; nothing of it was saved."""
+
+
+def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
+    """Runs the loop; see `GrugRunner.fit`."""
+    started = _process_age()
+    config, trainer = parts.config, parts.config.trainer
+    last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
+    folder = local_path(config.output_path)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(jax.set_mesh(parts.mesh))
+        checkpointer = stack.enter_context(_checkpointer(parts))
+        checkpointer.preflight(parts.state_shape)
+        restored = checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)
+        state, start = restored.state, 0 if restored.metadata is None else restored.metadata.step
+        if jax.process_index() == 0:
+            save_config(config, folder / CONFIG_FILE)
+        tracker = build_trackers(trainer.trackers, folder, config.run_id, start_step=start)
+        stack.callback(tracker.finish)
+        tracker.log_hyperparameters(config_to_dict(config))
+        progress = ProgressLine(trainer.num_train_steps, start_step=start)
+        stack.callback(progress.close)
+        log = _StepLog(parts, tracker, progress, checkpointer, skipped=0)
+        batches = iter_from_step(parts.loader, start)
+        stack.callback(batches.close)
+        for step in range(start, last + 1):
+            checkpointer.check()
+            stopping = stop.should_stop(step) or step == last
+            kind = checkpointer.due(step) if step > start else None
+            if stopping or kind is not None:
+                log.flush()
+                if step == trainer.num_train_steps or kind == "permanent":
+                    checkpointer.save_step_checkpoint(state, step=step, data_offset=trainer.sequences_before(step))
+                else:
+                    checkpointer.save_temporary_checkpoint(state, step=step, data_offset=trainer.sequences_before(step))
+            if stopping:
+                break
+            fault_point("data", step)
+            waiting_since = time.perf_counter()
+            batch = next(batches)
+            loading_time = time.perf_counter() - waiting_since
+            if fault_point("step", step) == "nan":
+                batch = dataclasses.replace(batch, loss_weight=batch.loss_weight * jnp.nan)
+            dispatched = time.perf_counter()
+            state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
+            log.push(step, metrics, loading_time)
+            if step == start:
+                log.flush()
+                compile_time = time.perf_counter() - dispatched
+                total = _process_age()
+                logger.info(
+                    "first step after %.1f s: import %.1f, data %.1f, compile %.1f",
+                    total,
+                    started,
+                    total - started - compile_time,
+                    compile_time,
+                )
+                # What is alive now stays: scanning it again and again would stall the loop.
+                gc.freeze()
+                stack.callback(gc.unfreeze)
+    if stop.exit_code is not None and not hasattr(sys, "ps1"):
+        raise SystemExit(stop.exit_code)
+    return state
+
+
+def _checkpointer(parts: RunParts) -> GrugCheckpointer:
+    config = parts.config
+    identity = RunIdentity(
+        run_id=config.run_id,
+        config=config_to_dict(config),
+        data_fingerprint=parts.data_fingerprint,
+        tokenizer_digest=tokenizer_digest(config.data),
+        mesh=dict(parts.mesh.shape),
+        cosmetic=COSMETIC_FIELDS,
+    )
+    policy = CheckpointPolicy(
+        steps_per_checkpoint=config.trainer.steps_per_checkpoint,
+        minutes_per_temporary_checkpoint=config.trainer.minutes_per_temporary_checkpoint,
+    )
+    return GrugCheckpointer(local_path(config.output_path), identity, policy)
+
+
+@final
+class _StepLog:
+    """Reads each step's metrics one step late, guards against what is not finite, and logs."""
+
+    def __init__(
+        self,
+        parts: RunParts,
+        tracker: RunTracker,
+        progress: ProgressLine,
+        checkpointer: GrugCheckpointer,
+        *,
+        skipped: int,
+    ):
+        self._parts = parts
+        self._tracker = tracker
+        self._progress = progress
+        self._checkpointer = checkpointer
+        self._skipped = skipped
+        self._pending: tuple[int, StepMetrics, float, float | None] | None = None
+        self._last_done = time.perf_counter()
+
+    def push(self, step: int, metrics: StepMetrics, loading_time: float) -> None:
+        """Takes the metrics of a step just dispatched, and logs those of the one before."""
+        # XLA:CPU may run a step while it is dispatched; then the step is over by now, and not when it is read.
+        done = time.perf_counter() if metrics.loss.is_ready() else None
+        self.flush()
+        self._pending = (step, metrics, loading_time, done)
+
+    def flush(self) -> None:
+        """Waits for the pending metrics, and logs them."""
+        if self._pending is None:
+            return
+        (step, pending, loading_time, done), self._pending = self._pending, None
+        metrics = jax.device_get(pending)
+        done = time.perf_counter() if done is None else done
+        duration, self._last_done = done - self._last_done, done
+        if metrics.nonfinite:
+            self._guard(step, metrics)
+        trainer = self._parts.config.trainer
+        sequences = trainer.batch_size_at(step)
+        throughput = self._parts.throughput.metrics(
+            sequences=sequences,
+            total_sequences=trainer.sequences_before(step + 1),
+            duration=duration,
+            loading_time=loading_time,
+        )
+        if step % trainer.log_every == 0 or step == trainer.num_train_steps - 1:
+            fault_point("log", step)
+            self._tracker.log(
+                {
+                    "train/loss": metrics.loss,
+                    "optim/learning_rate": metrics.learning_rate,
+                    "grad/norm/total": metrics.grad_norm,
+                    "updates/norm/total": metrics.update_norm,
+                    "params/norm/total": metrics.param_norm,
+                    "train/skipped_steps": self._skipped,
+                    "data/batch_digest": metrics.batch_digest,
+                    "run_progress": (step + 1) / trainer.num_train_steps,
+                    **mixture_metrics(self._parts.dataset, self._parts.batch_schedule, step),
+                    **throughput,
+                },
+                step=step,
+            )
+        self._progress.update(
+            step + 1,
+            loss=float(metrics.loss),
+            learning_rate=float(metrics.learning_rate),
+            tokens_per_second=throughput["throughput/tokens_per_second"],
+        )
+
+    def _guard(self, step: int, metrics: StepMetrics) -> None:
+        trainer = self._parts.config.trainer
+        self._skipped += 1
+        first, end = trainer.sequences_before(step), trainer.sequences_before(step + 1)
+        what = (
+            f"step {step} is not finite: loss {metrics.loss}, gradient norm {metrics.grad_norm}, update norm "
+            f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch holds the sequences {first} to {end - 1}"
+        )
+        if trainer.nonfinite == "skip" and self._skipped <= trainer.max_skipped_steps:
+            logger.warning("%s; skipped (%d of at most %d)", what, self._skipped, trainer.max_skipped_steps)
+            return
+        saved = committed_steps(self._checkpointer.folder)
+        last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
+        raise NonFiniteError(f"{what}. The last good checkpoint is {last}")
+
+
+def _process_age() -> float:
+    """Seconds since this process started."""
+    return time.time() - psutil.Process().create_time()

@@ -1,0 +1,150 @@
+"""The parts of a run that are heavy, each made on first use and then shared: mesh, data, state, fingerprints."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, final
+
+import equinox as eqx
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from grug_native.config import GrugNativeRunConfig
+from grug_native.loss import ComputeDtype
+from grug_native.mesh import create_mesh
+from grug_native.metrics import Throughput, peak_device_flops
+from grug_native.optimizer import GrugOptimizer
+from grug_native.state import GrugTrainState, init_train_state
+from grug_native.train import GrugStepConfig
+
+if TYPE_CHECKING:
+    from levanter.data.loader import DataLoader
+    from levanter.data.mixture import MixtureDataset
+    from levanter.data.text.examples import GrugLmExample
+    from levanter.schedule import BatchSchedule
+
+
+@final
+class RunParts:
+    """The one mutable thing behind a `GrugRunner`: a cache of what its config determines."""
+
+    def __init__(self, config: GrugNativeRunConfig, optimizer: GrugOptimizer):
+        """Takes what determines the parts; builds none of them."""
+        self.config = config
+        self.optimizer = optimizer
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The device mesh.
+
+        Raises:
+            ValueError: if batch sizes or the model do not divide over it.
+        """
+        trainer, model = self.config.trainer, self.config.model
+        mesh = create_mesh([size for _, size in trainer.batch_stages], trainer.mesh)
+        for name, size, axis in (
+            ("hidden_dim", model.hidden_dim, "data"),
+            ("vocab_size", model.vocab_size, "model"),
+            ("intermediate_dim", model.intermediate_dim, "model"),
+            ("num_kv_heads", model.num_kv_heads, "model"),
+        ):
+            if size % mesh.shape[axis] != 0:
+                raise ValueError(
+                    f"model.{name}={size} does not divide over the {mesh.shape[axis]} devices of the mesh axis {axis!r}: "
+                    f"choose a multiple, or another trainer.mesh.{axis}"
+                )
+        return mesh
+
+    @cached_property
+    def step_config(self) -> GrugStepConfig:
+        """The numbers of a step, with the compute dtype resolved for the backend."""
+        trainer = self.config.trainer
+        dtype: ComputeDtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return GrugStepConfig(
+            z_loss_weight=trainer.z_loss_weight,
+            ema_beta=trainer.ema_beta,
+            compute_dtype=dtype if trainer.compute_dtype == "auto" else trainer.compute_dtype,
+            skip_nonfinite=trainer.nonfinite == "skip",
+        )
+
+    def init_state(self) -> GrugTrainState:
+        """Draws the state of step 0 on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self._draw_state()
+
+    def _draw_state(self) -> GrugTrainState:
+        trainer = self.config.trainer
+        key = jax.random.key(trainer.seed)
+        return init_train_state(self.config.model, self.optimizer, key=key, ema=trainer.ema_beta is not None)
+
+    @cached_property
+    def state_shape(self) -> GrugTrainState:
+        """The state as abstract arrays with their shardings.
+
+        Raises:
+            ValueError: if the optimizer refuses the parameters.
+        """
+
+        def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else jax.P()
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        with jax.set_mesh(self.mesh):
+            shape = eqx.filter_eval_shape(self._draw_state)
+        self.optimizer.routing(shape.params)
+        return jax.tree.map(on_mesh, shape)
+
+    @cached_property
+    def batch_schedule(self) -> "BatchSchedule":
+        """Sequences per step, as levanter wants them."""
+        from levanter.schedule import BatchSchedule, ScheduleStep
+
+        stages = self.config.trainer.batch_stages
+        return BatchSchedule([ScheduleStep(start, size) for start, size in stages])
+
+    @cached_property
+    def dataset(self) -> "MixtureDataset[GrugLmExample]":
+        """The training mixture.
+
+        Raises:
+            ValueError: if the tokenizer has more tokens than the model, or the data cannot be what the config says.
+        """
+        from haliax import Axis
+
+        from grug_native.data import build_train_dataset
+
+        config = self.config
+        tokens = len(config.data.the_tokenizer)
+        if tokens > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the {tokens} tokens of the tokenizer "
+                f"{config.data.tokenizer!r}: raise it to at least {tokens}"
+            )
+        seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
+        return build_train_dataset(
+            config.data,
+            Axis("position", config.seq_len),
+            jax.random.PRNGKey(seed),
+            batch_schedule=self.batch_schedule,
+            vocab_size=config.model.vocab_size,
+        )
+
+    @cached_property
+    def loader(self) -> "DataLoader[GrugLmExample]":
+        """Which sequences make which batch, and how they lie on the mesh."""
+        from grug_native.data import build_train_loader
+
+        schedule = self.batch_schedule.schedule
+        return build_train_loader(self.dataset, self.mesh, schedule, prefetch=self.config.trainer.prefetch)
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """Digest of the training tokens and of everything that decides their order."""
+        from grug_native.checkpoint_metadata import canonical_hash
+        from grug_native.token_cache import data_fingerprint
+
+        return canonical_hash(data_fingerprint(self.config.data))
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        """How a step's time becomes metrics."""
+        peak = peak_device_flops(jax.devices()[0])
+        return Throughput(self.config.model, self.config.seq_len, None if peak is None else peak * jax.device_count())

@@ -1,0 +1,11 @@
+"""What all tests share: four fake CPU devices, no network, one small corpus and one small run."""
+
+import os
+
+# Before anything imports jax or a hub client.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+pytest_plugins = ["tests.fixtures_data", "tests.fixtures_run"]

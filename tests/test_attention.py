@@ -1,0 +1,80 @@
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from levanter.grug.attention import AttentionMask
+from levanter.grug.attention import reference_attention as levanter_reference
+
+from grug_native.attention import AttentionName, attention, choose_attention, dense_mask
+from tests.fixtures_run import make_batch
+
+
+def qkv(seq_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = jax.random.split(jax.random.key(0), 3)
+    shape = (4, seq_len)
+    return (
+        jax.random.normal(q, (*shape, 4, 8)),
+        jax.random.normal(k, (*shape, 2, 8)),
+        jax.random.normal(v, (*shape, 2, 8)),
+    )
+
+
+MASKS = {
+    "causal": AttentionMask.causal(),
+    "window": AttentionMask.causal(sliding_window=5),
+    "all": AttentionMask(),
+}
+
+
+@pytest.mark.parametrize("kind", [*MASKS, "packed"])
+def test_reference_equals_levanters_with_its_gradient(kind: str) -> None:
+    mask = make_batch(packed=True).attn_mask if kind == "packed" else MASKS[kind]
+    inputs = qkv(32)
+    ours, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="reference"), *inputs)
+    theirs, their_pull = jax.vjp(lambda q, k, v: levanter_reference(q, k, v, mask, logits_dtype=jnp.float32), *inputs)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for a, b in zip(pull(ours), their_pull(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+def test_xla_flash_equals_the_reference(kind: str) -> None:
+    mask = make_batch(packed=True, seq_len=2048).attn_mask if kind == "packed" else MASKS[kind]
+    inputs = qkv(2048)
+    reference = attention(*inputs, mask, implementation="reference")
+    np.testing.assert_allclose(attention(*inputs, mask, implementation="xla_flash"), reference, atol=1e-5)
+
+
+def test_cudnn_refuses_packed_rows() -> None:
+    with pytest.raises(ValueError, match="without segment ids"):
+        attention(*qkv(32), make_batch(packed=True).attn_mask, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("backend", "seq_len", "packed", "chosen"),
+    [
+        ("cpu", 512, False, "reference"),
+        ("cpu", 8192, True, "xla_flash"),
+        ("gpu", 1024, False, "cudnn"),
+        ("gpu", 1024, True, "reference"),
+        ("gpu", 4096, True, "xla_flash"),
+        ("tpu", 2048, True, "tpu_splash"),
+        ("tpu", 100, True, "reference"),
+    ],
+)
+def test_auto_chooses_by_backend_and_shape(backend: str, seq_len: int, packed: bool, chosen: str) -> None:
+    name, reason = choose_attention("auto", backend=backend, seq_len=seq_len, packed=packed)
+    assert name == chosen and reason
+
+
+def test_a_name_is_obeyed() -> None:
+    asked = cast(AttentionName, "xla_flash")
+    assert choose_attention(asked, backend="cpu", seq_len=8, packed=True)[0] == "xla_flash"
+
+
+def test_dense_mask_says_who_sees_whom() -> None:
+    mask = AttentionMask.causal(sliding_window=2).with_segment_ids(jnp.array([[0, 0, 1, 1]]))
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(dense_mask(mask, 4)[0], np.array(expected, bool))

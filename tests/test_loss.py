@@ -1,0 +1,126 @@
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+from levanter.data.text.examples import GrugLmExample
+
+from grug_native import loss as loss_module
+from grug_native.loss import choose_cross_entropy, next_token_loss, per_token_loss
+from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.model import Transformer
+from tests.fixtures_run import SMALL_MODEL, make_batch
+
+
+def model_with(name: str) -> Transformer:
+    drawn = Transformer.init(replace(SMALL_MODEL, cross_entropy=name), key=jax.random.key(0))
+    return jax.tree.map(lambda w: 3 * w, drawn)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that a batch of 128 tokens takes several blocks, and the last one is not full.
+    monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 50)
+
+
+def by_hand(model: Transformer, batch: GrugLmExample, z_loss_weight: float) -> float:
+    logits = np.asarray(model.logits(batch.tokens, batch.attn_mask), np.float64)[:, :-1]
+    log_z = np.log(np.exp(logits).sum(-1))
+    labels = np.asarray(batch.tokens)[:, 1:]
+    picked = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    weight = np.asarray(batch.loss_weight, np.float64)[:, :-1]
+    return float((weight * (log_z - picked + z_loss_weight * log_z**2)).sum() / weight.sum())
+
+
+@pytest.mark.parametrize("name", ["full", "blockwise"])
+def test_loss_equals_the_formula(name: str) -> None:
+    batch = make_batch(packed=True)
+    weighted = GrugLmExample(
+        batch.tokens, batch.loss_weight * jax.random.uniform(jax.random.key(5), (4, 32)), batch.attn_mask
+    )
+    model = model_with(name)
+    for z_loss_weight in (0.0, 0.1):
+        ours = next_token_loss(model, weighted, z_loss_weight=z_loss_weight)
+        np.testing.assert_allclose(ours, by_hand(model, weighted, z_loss_weight), rtol=1e-5)
+
+
+def test_both_implementations_have_the_same_gradient() -> None:
+    batch = make_batch(packed=True)
+
+    @eqx.filter_jit
+    def gradient(model: Transformer) -> tuple[jax.Array, Transformer]:
+        return jax.value_and_grad(lambda m: 7 * next_token_loss(m, batch, z_loss_weight=0.1))(model)
+
+    (full, full_grads), (blocks, block_grads) = gradient(model_with("full")), gradient(model_with("blockwise"))
+    np.testing.assert_allclose(full, blocks, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(full_grads), jax.tree.leaves(block_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [MeshAxes(data=4), MeshAxes(data=2, model=2)])
+@pytest.mark.parametrize("name", ["full", "blockwise"])
+def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> None:
+    batch, model = make_batch(), model_with(name)
+    loss_and_gradient = jax.value_and_grad(lambda m: next_token_loss(m, batch, z_loss_weight=0.1))
+    expected, expected_gradient = eqx.filter_jit(loss_and_gradient)(model)
+    with jax.set_mesh(create_mesh(4, axes)):
+        loss, gradient = eqx.filter_jit(loss_and_gradient)(model)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient.lm_head, expected_gradient.lm_head, atol=1e-6)
+    np.testing.assert_allclose(gradient.blocks.attn.wq, expected_gradient.blocks.attn.wq, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["full", "blockwise"])
+def test_per_token_losses_add_up_to_the_loss(name: str) -> None:
+    model, batch = model_with(name), make_batch()
+    nats = per_token_loss(model, batch)
+    mean = (nats * batch.loss_weight).sum() / batch.loss_weight.sum()
+    np.testing.assert_allclose(mean, next_token_loss(model, batch), rtol=1e-6)
+    with jax.set_mesh(create_mesh(4)):
+        np.testing.assert_allclose(eqx.filter_jit(per_token_loss)(model, batch), nats, rtol=1e-5)
+
+
+def test_no_scatter_and_no_gather_of_logits_in_the_gradient() -> None:
+    model, batch = model_with("full"), make_batch()
+    text = str(jax.make_jaxpr(jax.grad(lambda m: next_token_loss(m, batch)))(model))
+    scatters = [line for line in text.splitlines() if "scatter" in line and "300]" in line.split("=")[0]]
+    assert not scatters
+
+
+def test_a_batch_of_no_weight_has_no_loss() -> None:
+    batch = make_batch()
+    empty = GrugLmExample(batch.tokens, jnp.zeros((4, 32)), batch.attn_mask)
+    loss, gradient = jax.value_and_grad(lambda m: next_token_loss(m, empty))(model_with("full"))
+    assert loss == 0 and all(bool((g == 0).all()) for g in jax.tree.leaves(gradient))
+
+
+def test_bfloat16_is_near_and_leaves_the_loss_in_f32() -> None:
+    model, batch = model_with("blockwise"), make_batch()
+    loss = next_token_loss(model, batch, compute_dtype="bfloat16")
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, next_token_loss(model, batch), rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("loss_weight", jnp.ones((4, 31)), ["loss_weight", "f32[4,31]", "B S"]),
+        ("loss_weight", jnp.ones((4, 32), jnp.int32), ["loss_weight", "i32[4,32]"]),
+        ("tokens", jnp.ones((4, 32)), ["tokens", "f32[4,32]", "Int"]),
+        ("tokens", jnp.ones((32,), jnp.int32), ["tokens", "i32[32]", "B S"]),
+    ],
+)
+def test_a_malformed_batch_is_refused_while_tracing(field: str, value: jax.Array, words: list[str]) -> None:
+    bad = replace(make_batch(), **{field: value})
+    with pytest.raises(TypeCheckError) as error:
+        eqx.filter_jit(next_token_loss)(model_with("full"), bad)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_auto_chooses_by_the_size_of_the_logits() -> None:
+    assert choose_cross_entropy("auto", tokens=4096, vocab_size=8192)[0] == "full"
+    assert choose_cross_entropy("auto", tokens=4096, vocab_size=50_304)[0] == "blockwise"
+    assert choose_cross_entropy("full", tokens=10**6, vocab_size=10**6)[0] == "full"

@@ -1,0 +1,159 @@
+from dataclasses import replace
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from haliax import Axis
+from jaxtyping import Array, Float
+from levanter.data.text.examples import GrugLmExample, named_lm_example_from_grug
+from levanter.grug.attention import AttentionMask
+
+from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.loss import next_token_loss
+from grug_native.model import MODEL_PRESETS, GrugModelConfig, GrugRopeConfig, Transformer, parameter_kind
+from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
+from tests.levanter_llama import to_llama
+
+VARIANTS = {
+    "gqa": SMALL_MODEL,
+    "mha": replace(SMALL_MODEL, num_kv_heads=4),
+    "mqa-wide-heads": replace(SMALL_MODEL, num_kv_heads=1, head_dim=16),
+    "llama3-rope": replace(SMALL_MODEL, rope=GrugRopeConfig(theta=100.0, llama3_factor=8.0, original_max_seq_len=16)),
+}
+
+
+def with_mask(batch: GrugLmExample, kind: str) -> GrugLmExample:
+    mask = batch.attn_mask
+    if kind == "window":
+        mask = mask.with_sliding_window(5)
+    if kind == "packed-window":
+        mask = make_batch(packed=True).attn_mask.with_sliding_window(5)
+    if kind == "packed":
+        mask = make_batch(packed=True).attn_mask
+    return GrugLmExample(batch.tokens, batch.loss_weight, mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [("gqa", mask) for mask in ("causal", "packed", "window")] + [(name, "packed-window") for name in VARIANTS],
+)
+def test_logits_and_loss_equal_levanters_llama(name: str, mask: str) -> None:
+    # Weights far from zero, so that a wrong rotation or mask cannot hide in small numbers.
+    model = jax.tree.map(lambda w: 5 * w, Transformer.init(VARIANTS[name], key=jax.random.key(1)))
+    batch = with_mask(make_batch(3), mask)
+    llama = to_llama(model)
+    example = named_lm_example_from_grug(batch, Axis("position", 32), batch_axis="batch")
+    theirs = llama(example.tokens, example.attn_mask).rearrange(("batch", "position", "vocab")).array
+    np.testing.assert_allclose(
+        model.logits(batch.tokens, batch.attn_mask), theirs, atol=1e-5 * float(jnp.abs(theirs).max())
+    )
+    their_loss = llama.compute_next_token_loss(example)
+    assert isinstance(their_loss, jax.Array | hax.NamedArray)
+    np.testing.assert_allclose(
+        next_token_loss(model, batch), np.asarray(getattr(their_loss, "array", their_loss)), rtol=1e-5
+    )
+
+
+def test_no_position_sees_a_later_token_or_another_document() -> None:
+    model, batch = Transformer.init(SMALL_MODEL, key=jax.random.key(0)), make_batch(packed=True, batch=1)
+    assert batch.attn_mask.segment_ids is not None
+    segments = np.asarray(batch.attn_mask.segment_ids[0][0])
+
+    def logits(embedded: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        own = eqx.tree_at(lambda m: m.embed, model, jnp.zeros((300, 32)).at[batch.tokens[0]].set(embedded))
+        return own.logits(batch.tokens, batch.attn_mask)[0]
+
+    # Distinct tokens, so that each position has an embedding row of its own.
+    batch = GrugLmExample(jnp.arange(32)[None], batch.loss_weight, batch.attn_mask)
+    reach = np.abs(jax.jacobian(lambda e: logits(e).sum(-1))(model.embed[:32])).sum(-1)
+    allowed = (np.arange(32)[:, None] >= np.arange(32)[None, :]) & (segments[:, None] == segments[None, :])
+    assert np.all(reach[~allowed] == 0)
+    assert np.all(reach[allowed] > 0)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (False, "dots"), (True, "full")])
+def test_scan_and_remat_change_neither_loss_nor_gradient(scan: bool, remat: str) -> None:
+    model, batch = Transformer.init(SMALL_MODEL, key=jax.random.key(0)), make_batch(packed=True)
+
+    @eqx.filter_jit
+    def grads(model: Transformer) -> tuple[Array, Transformer]:
+        return jax.value_and_grad(lambda m: next_token_loss(m, batch))(model)
+
+    loss, gradient = grads(model)
+    other = Transformer(
+        model.embed, model.blocks, model.final_norm, model.lm_head, replace(SMALL_MODEL, scan_layers=scan, remat=remat)
+    )
+    other_loss, other_gradient = grads(other)
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [MeshAxes(), MeshAxes(data=2, model=2), MeshAxes(replica_dcn=2, data=2)])
+def test_a_mesh_changes_nothing_but_the_layout(axes: MeshAxes) -> None:
+    batch = make_batch(packed=True)
+    alone = Transformer.init(SMALL_MODEL, key=jax.random.key(0))
+    expected = alone.logits(batch.tokens, batch.attn_mask)
+    with jax.set_mesh(create_mesh(4, axes)):
+        model = eqx.filter_jit(Transformer.init)(SMALL_MODEL, key=jax.random.key(0))
+        assert jax.typeof(model.blocks.mlp.gate).sharding.spec == jax.P(None, "data", "model")
+        logits = eqx.filter_jit(lambda m, b: m.logits(b.tokens, b.attn_mask))(model, batch)
+    np.testing.assert_array_equal(model.embed, alone.embed)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+def test_presets_have_the_speedruns_sizes() -> None:
+    sizes = {
+        name: (c.hidden_dim, c.intermediate_dim, c.num_layers, c.num_heads, c.max_seq_len, c.vocab_size)
+        for name, c in MODEL_PRESETS.items()
+        if name != "tiny"
+    }
+    assert sizes == {
+        "130m": (512, 1792, 6, 8, 2048, 128_256),
+        "300m": (768, 2688, 12, 12, 2048, 128_256),
+        "520m": (1024, 3584, 24, 16, 2048, 128_256),
+        "1_2b": (2048, 7168, 16, 16, 2048, 128_256),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 5}, ["hidden_dim=32", "num_heads=5"]),
+        ({"num_kv_heads": 3}, ["num_heads=4", "num_kv_heads=3"]),
+        ({"head_dim": 7}, ["head_dim=7", "even"]),
+        ({"vocab_size": 0}, ["vocab_size=0", "positive"]),
+        ({"num_layers": -1}, ["num_layers=-1", "positive"]),
+        ({"attention": "flash"}, ["attention='flash'", "reference", "cudnn"]),
+        ({"cross_entropy": "fused"}, ["cross_entropy='fused'", "blockwise"]),
+        ({"remat": "all"}, ["remat='all'", "dots"]),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(changes: dict[str, object], words: list[str]) -> None:
+    with without_runtime_types(), pytest.raises(ValueError) as error:
+        replace(SMALL_MODEL, **changes)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_sequence_that_is_too_long_is_refused() -> None:
+    model = Transformer.init(SMALL_MODEL, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="33 tokens is longer than model.max_seq_len=32"):
+        model(jnp.zeros((1, 33), jnp.int32), AttentionMask.causal())
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="wz"):
+        parameter_kind((jax.tree_util.GetAttrKey("wz"),))
+
+
+def test_every_parameter_is_annotated_with_its_shape() -> None:
+    with pytest.raises(Exception, match="embed"):
+        model = Transformer.init(SMALL_MODEL, key=jax.random.key(0))
+        Transformer(model.embed[0], model.blocks, model.final_norm, model.lm_head, SMALL_MODEL)
+
+
+def test_a_config_is_hashable_data() -> None:
+    assert hash(SMALL_MODEL) == hash(GrugModelConfig(**vars(SMALL_MODEL)))
