@@ -1,0 +1,3 @@
+class PyTreeDef:
+    num_leaves: int
+    num_nodes: int

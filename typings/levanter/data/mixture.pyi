@@ -1,0 +1,28 @@
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from jax import Array
+from levanter.data.dataset import AsyncDataset
+
+T = TypeVar("T")
+
+class MixtureDataset(AsyncDataset[T]):
+    weight_stages: list[tuple[int, dict[str, float]]]
+    datasets: dict[str, AsyncDataset[T]]
+    dataset_index: list[str]
+    block_size: int
+    stop_strategy: str
+    def __init__(
+        self,
+        datasets: Mapping[str, AsyncDataset[T]],
+        weights: dict[str, float] | list[tuple[int, dict[str, float]]],
+        block_size: int,
+        *,
+        randomize_blocks: bool = True,
+        key: Array | int,
+        stop_strategy: str = "restart",
+        start_offsets: Mapping[str, int] | None = None,
+    ) -> None: ...
+    async def async_len(self) -> int: ...
+    def is_finite(self) -> bool: ...
+    async def get_batch(self, indices: Sequence[int]) -> Sequence[T]: ...

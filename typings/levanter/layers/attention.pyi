@@ -1,0 +1,16 @@
+import equinox as eqx
+from haliax import Axis, NamedArray
+
+class AttentionMask(eqx.Module):
+    is_causal: bool = eqx.field(default=False, static=True)
+    explicit_mask: NamedArray | None = None
+    segment_ids: tuple[NamedArray, NamedArray] | None = None
+    sliding_window: int | None = None
+
+class AttentionConfig:
+    @property
+    def KVHeads(self) -> Axis: ...
+    @property
+    def HeadSize(self) -> Axis: ...
+    @property
+    def QHeadsPerGroup(self) -> Axis: ...

@@ -1,0 +1,32 @@
+from typing import Any
+
+import equinox as eqx
+from haliax import NamedArray
+from jax import Array
+from levanter.layers.attention import AttentionMask
+
+class LmExample(eqx.Module):
+    tokens: NamedArray
+    loss_weight: NamedArray
+    attn_mask: AttentionMask | NamedArray = ...
+
+class LmHeadModel(eqx.Module):
+    def __call__(
+        self,
+        input_ids: NamedArray,
+        attn_mask: NamedArray | AttentionMask | None = None,
+        pos_ids: NamedArray | None = None,
+        *,
+        key: Array | None = None,
+    ) -> NamedArray: ...
+    def compute_next_token_loss(
+        self,
+        example: LmExample,
+        *,
+        key: Array | None = None,
+        reduction: Any = ...,
+        reduction_axis: Any = None,
+        logsumexp_weight: float | None = None,
+        loss_dtype: Any = ...,
+        logit_soft_cap: float | None = None,
+    ) -> Array | NamedArray: ...

@@ -1,0 +1,3 @@
+from typing import Any
+
+def build_kvstore_spec(path: str) -> dict[str, Any]: ...

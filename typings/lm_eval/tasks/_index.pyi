@@ -1,0 +1,8 @@
+from dataclasses import dataclass
+from typing import Any
+
+@dataclass
+class Entry:
+    name: str
+    cfg: dict[str, Any] | None
+    tags: set[str]

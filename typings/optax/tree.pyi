@@ -1,0 +1,3 @@
+from typing import Any
+
+def update_moment(updates: Any, moments: Any, decay: float, order: int) -> Any: ...
