@@ -68,7 +68,7 @@ class ExternalTracker:
             finish_timeout: Seconds that `finish` may take.
         """
         self.name = type(config).__name__
-        self._config, self._is_wandb = _adjusted(config, start_step)
+        self._config, self._is_wandb = _adjusted(config, run_id, start_step)
         self._run_id = run_id
         self._finish_timeout = finish_timeout
         self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
@@ -152,7 +152,7 @@ class ExternalTracker:
                 logger.warning("%s failed, the run goes on: %r; more of it is only counted", self.name, error)
 
 
-def _adjusted(config: TrackerConfig, start_step: int) -> tuple[TrackerConfig, bool]:
+def _adjusted(config: TrackerConfig, run_id: str, start_step: int) -> tuple[TrackerConfig, bool]:
     """The config as a run wants it (one background thread, ours; no code upload by default; no step twice).
 
     Also says whether it is wandb's. Called on the thread of the run: two threads may not import levanter at once.
@@ -165,7 +165,7 @@ def _adjusted(config: TrackerConfig, start_step: int) -> tuple[TrackerConfig, bo
         save_code = config.save_code if isinstance(config.save_code, str) else False
         return replace(config, background=False, save_code=save_code), True
     if isinstance(config, TrackioConfig):
-        return replace(config, background=False), False
+        return replace(config, background=False, name=config.name or run_id), False  # else each start is a new run
     if isinstance(config, TensorboardConfig) and config.purge_step is None:
         return replace(config, purge_step=start_step), False
     return config, False
