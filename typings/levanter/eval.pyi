@@ -6,6 +6,7 @@ from haliax import Axis
 from haliax.partitioning import ResourceMapping
 from jax import Array
 from jax.sharding import Mesh
+from levanter.callbacks import StepInfo
 from levanter.data.dataset import AsyncDataset
 from levanter.data.loader import DataLoader
 from levanter.tokenizers import MarinTokenizer
@@ -69,4 +70,18 @@ def cb_tagged_evaluate(
     prefix: str = "eval",
     eval_current: bool = True,
     eval_ema: bool = True,
-) -> Callable[[Any], None]: ...
+) -> Callable[[StepInfo[Any]], None]: ...
+def cb_tagged_lm_evaluate(
+    EvalBatch: Axis,
+    tagged_eval_sets: Sequence[tuple[AsyncDataset[Ex], Sequence[str]]],
+    tokenizer: MarinTokenizer | None = None,
+    device_mesh: Mesh | None = None,
+    axis_mapping: ResourceMapping | None = None,
+    max_examples_per_dataset: int | None = None,
+    eval_current: bool = True,
+    eval_ema: bool = True,
+    prefix: str = "eval",
+    mp: Any = None,
+    checkpoint_path: str | None = None,
+    loss_fn: Callable[[Any, Ex], LossFnOutput] | None = None,
+) -> Callable[[StepInfo[Any]], None]: ...
