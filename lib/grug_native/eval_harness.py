@@ -1,0 +1,171 @@
+"""Tasks of lm-eval in the process of a run: which tasks, what they find, and the report.
+
+Works without torch, and without network on local data. Importing this module imports lm-eval, which takes seconds;
+nothing light may import it.
+"""
+
+import copy
+import difflib
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import jax
+import numpy as np
+from levanter.tokenizers import MarinTokenizer
+from lm_eval import evaluator
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict, load_yaml
+from lm_eval.utils import handle_non_serializable
+
+from grug_native.eval_config import GrugHarnessConfig
+from grug_native.harness_model import GrugLM
+from grug_native.scoring import Scorer
+
+_FEWSHOT_SEED = 1234
+"""lm-eval's own default."""
+
+_BOOTSTRAPS = 100
+"""Resamplings behind a standard error that has no closed form (of perplexities, F1, ...)."""
+
+logger = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GrugHarness:
+    """The tasks of a run, loaded and ready; made by `build_harness`."""
+
+    config: GrugHarnessConfig
+    """What was asked for."""
+    tokenizer: MarinTokenizer
+    """Of the model."""
+    tasks: TaskDict
+    """What it came to."""
+
+    def run(self, scorer: Scorer, *, step: int, folder: Path | None = None) -> dict[str, float]:
+        """Runs the tasks. On several processes each must call it; all find the same.
+
+        Args:
+            scorer: the parameters, and how they are computed with.
+            step: updates behind the parameters.
+            folder: where process 0 puts the full report, as `step-<step>.json`.
+
+        Returns:
+            `lm_eval/<task>/<metric>`, with a standard error `<metric>_stderr` where there is one. A metric of another
+            filter than the default one has it in its name, as in levanter: `<metric>,<filter>`.
+        """
+        model = GrugLM(scorer, self.tokenizer)
+        started = time.perf_counter()
+        with _left_as_found():
+            for task in self.tasks["tasks"].values():
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            report = evaluator.evaluate(
+                model,
+                self.tasks,
+                limit=self.config.limit,
+                bootstrap_iters=_BOOTSTRAPS,
+                log_samples=self.config.log_samples,
+            )
+        assert report is not None and "results" in report
+        seconds = time.perf_counter() - started
+        run = {"step": step, "seconds": seconds, "tokens": model.tokens, "row_length": scorer.row_length}
+        if folder is not None and jax.process_index() == 0:
+            _write_report(folder / f"step-{step}.json", {"run": run, **report})
+        return {
+            f"lm_eval/{task}/{name.removesuffix(',none')}": float(value)
+            for task, results in report["results"].items()
+            for name, value in results.items()
+            if "," in name and isinstance(value, int | float)
+        }
+
+
+def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer) -> GrugHarness:
+    """Finds the tasks and loads their documents, so that what cannot work fails before any training.
+
+    Raises:
+        ValueError: if there is no such task, or it executes code.
+    """
+    return GrugHarness(config, tokenizer, _load_tasks(config))
+
+
+def _load_tasks(config: GrugHarnessConfig) -> TaskDict:
+    manager = TaskManager(include_path=config.include_path, include_defaults=False)
+    names = [task for task in config.tasks if isinstance(task, str) and not Path(task).is_file()]
+    if missing := [name for name in names if name.endswith((".yaml", ".yml"))]:
+        raise ValueError(f"eval.harness.tasks: there is no file {missing[0]!r}, seen from {Path.cwd()}")
+    if any(name not in manager.task_index for name in names):
+        logger.info("reading lm-eval's own tasks to find %s", names)
+        manager = TaskManager(include_path=config.include_path, include_defaults=True)
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise ValueError(
+                f"eval.harness.tasks: lm-eval knows no task {name!r}; near it are {close}. Otherwise, give the path of "
+                "a YAML file, a config inline, or the folder of your own tasks as eval.harness.include_path"
+            )
+    for spec in config.tasks:
+        _refuse_code(spec, manager)
+    # lm-eval changes what it is given.
+    tasks = manager.load(copy.deepcopy(list(config.tasks)))
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if config.num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=config.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def _refuse_code(spec: str | Mapping[str, Any], manager: TaskManager) -> None:
+    """Looks through a task, group or tag, before any document is fetched."""
+    if isinstance(spec, str):
+        entry = manager.task_index.get(spec)
+        if entry is None:
+            config: Mapping[str, Any] = load_yaml(spec, resolve_func=False) if Path(spec).is_file() else {}
+        else:
+            config = entry.cfg or {"task": sorted(entry.tags)}
+    else:
+        config = spec
+    if config.get("unsafe_code"):
+        raise ValueError(
+            f"eval.harness.tasks: {config.get('task')!r} executes code that the model writes (unsafe_code: true). That "
+            "code could do anything which the training process may do, so it is not run here: score saved checkpoints "
+            "on such tasks in a sandbox of your own"
+        )
+    members = config.get("task")
+    for member in members if isinstance(members, list) else []:
+        _refuse_code(member, manager)
+        if isinstance(member, Mapping) and member.get("task") in manager.task_index:
+            _refuse_code(member["task"], manager)
+
+
+@contextmanager
+def _left_as_found() -> Generator[None]:
+    """Restores the global random states; keeps lm-eval from forking a process that holds JAX's threads."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (others' state, not a source of numbers)
+    alone = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        if alone is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = alone
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1, default=handle_non_serializable, ensure_ascii=False))
+    partial.replace(path)

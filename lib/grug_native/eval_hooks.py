@@ -1,0 +1,242 @@
+"""Tagged perplexity: levanter's `TaggedEvaluator` over a `Transformer`, with exact bits per byte from the same pass.
+
+Importing this module imports levanter, which takes seconds; nothing light may import it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import Axis
+from haliax.partitioning import axis_mapping
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from levanter.data.dataset import AsyncDataset
+from levanter.data.text.datasets import LmDataConfig, NamedLmDataset
+from levanter.data.text.examples import GrugLmExample, grug_lm_example_from_named
+from levanter.eval import TaggedEvaluator, eval_model
+from levanter.models.lm_model import LmExample
+from levanter.tokenizers import MarinTokenizer
+from levanter.utils.thread_utils import blocking_wait
+
+from grug_native.bits_per_byte import TokenBytes, exact_metrics, token_bytes
+from grug_native.data import VocabCheckedDataset
+from grug_native.eval_config import GrugEvalConfig
+from grug_native.loss import ComputeDtype, per_token_loss
+from grug_native.mesh import BATCH_AXES, constrain
+from grug_native.model import Transformer
+from grug_native.state import GrugTrainState
+from grug_native.token_cache import verify_caches
+from grug_native.types import LmBatch
+
+type EvalExample = GrugLmExample | LmExample
+"""A sequence to evaluate on: plain arrays, or named ones."""
+
+type TaggedSets = Sequence[tuple[AsyncDataset[EvalExample], Sequence[str]]]
+"""Evaluation sets, each with its tags. `/` in a tag nests it."""
+
+type PositionLosses = tuple[Float[Array, "B S"], Float[Array, "B S"], Int[Array, "B S"]]
+"""Nats, weights and predicted token ids of a batch: what `TaggedEvaluator` wants of a loss function."""
+
+_AXIS_MAPPING = {"batch": BATCH_AXES}
+"""Mesh axes of levanter's batch axis."""
+
+_PREFETCHED_BATCHES = 4
+"""levanter's own 100 would fill the devices with tokens."""
+
+logger = logging.getLogger(__name__)
+
+
+def build_eval_sets(
+    data: LmDataConfig, seq_len: int, vocab_size: int
+) -> list[tuple[AsyncDataset[GrugLmExample], list[str]]]:
+    """Opens the validation sets of a data config, and builds what token caches they lack.
+
+    Args:
+        data: components; each one's tags are its name and its own `tags`.
+        seq_len: tokens of a sequence.
+        vocab_size: of the model. A token id outside it is an error as soon as its sequence is read.
+
+    Returns:
+        The sets with their tags. One with less than a sequence is left out, with a warning.
+
+    Raises:
+        ValueError: if a cache is damaged.
+    """
+    verify_caches(data, splits=("validation",))
+    sets: list[tuple[AsyncDataset[GrugLmExample], list[str]]] = []
+    for named, tags in data.tagged_eval_sets(Axis("position", seq_len)):
+        assert isinstance(named, NamedLmDataset)
+        dataset = named.dataset
+        if blocking_wait(dataset.async_len()) == 0:
+            logger.warning("the validation set %s has less than one sequence of %d tokens: left out", tags, seq_len)
+            continue
+        sets.append(
+            (VocabCheckedDataset(dataset=dataset, name=f"{tags[-1]} (validation)", vocab_size=vocab_size), tags)
+        )
+    return sets
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What goes through `TaggedEvaluator.evaluate` as its model: the parameters, and where the exact sums are put."""
+
+    params: Transformer
+    sums: list[Float[Array, "B sums"]] = field(default_factory=list)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TaggedEval:
+    """Evaluates parameters on tagged sets; made by `build_tagged_evaluator`. Compiles once, whatever the parameters."""
+
+    evaluator: TaggedEvaluator[EvalExample, _Pass]
+    """levanter's, which loads the data, averages, and names the metrics."""
+    first_sequences: TaggedEvaluator[EvalExample, _Pass]
+    """The same over the first sequence of each set."""
+    mesh: Mesh
+    """The mesh on which the parameters lie."""
+    exact: bool
+    """Whether there are exact bits per byte."""
+
+    def evaluate(self, params: Transformer, *, prefix: str = "eval") -> dict[str, float]:
+        """Returns levanter's metrics, and `<prefix>/bpb_exact`, `<prefix>/<tag>/bpb_exact`, ... beside them.
+
+        Args:
+            params: laid out over the mesh, as `Transformer.init` leaves them.
+            prefix: first part of each metric's name.
+        """
+        return self._evaluate(self.evaluator, params, prefix)
+
+    def check_one_batch(self, params: Transformer) -> float:
+        """Evaluates the first sequence of each set, so that an evaluation which cannot work fails within seconds.
+
+        Returns:
+            Their mean loss, in nats a token.
+        """
+        return self._evaluate(self.first_sequences, params, "check")["check/loss"]
+
+    def _evaluate(
+        self, evaluator: TaggedEvaluator[EvalExample, _Pass], params: Transformer, prefix: str
+    ) -> dict[str, float]:
+        one_pass = _Pass(params)
+        with jax.set_mesh(self.mesh), axis_mapping(_AXIS_MAPPING):
+            metrics = {name: float(value) for name, value in eval_model(evaluator, one_pass, prefix).items()}
+        if not self.exact:
+            return metrics
+        rows = np.concatenate(jax.device_get(one_pass.sums))
+        names = list(evaluator.dataset.tag_to_index)
+        return metrics | exact_metrics(rows[:, 0], rows[:, 1], rows[:, 2:], names, evaluator.hierarchy, prefix=prefix)
+
+
+def build_tagged_evaluator(
+    sets: TaggedSets,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    vocab_size: int,
+    tokenizer: MarinTokenizer | None = None,
+    max_batches: int | None = None,
+    compute_dtype: ComputeDtype = "float32",
+) -> TaggedEval:
+    """Makes the evaluation of tagged sets; no device is touched but to put a table of the vocabulary there.
+
+    Args:
+        sets: what to evaluate on, with tags; `build_eval_sets` makes them of a data config.
+        batch_size: sequences per batch over all devices. Metrics under levanter's names depend on it slightly (its bits
+            per byte are averages over batches), the exact ones do not.
+        mesh: the mesh on which the parameters lie.
+        vocab_size: rows of the embedding.
+        tokenizer: for bits per byte; None leaves them out.
+        max_batches: batches per set at most.
+        compute_dtype: of the forward pass.
+
+    Raises:
+        ValueError: if there are no sets, the batch size does not divide over the mesh, or the bytes of the tokenizer's
+            tokens cannot be told.
+    """
+    if not sets:
+        raise ValueError("there is nothing to evaluate on: no component of the data config has a validation split")
+    shards = mesh.shape["replica_dcn"] * mesh.shape["data"]
+    if batch_size % shards != 0:
+        raise ValueError(
+            f"eval.eval_batch_size={batch_size} does not divide over {shards} data-parallel devices: "
+            f"use {-(-batch_size // shards) * shards}"
+        )
+    table = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
+    # Every process has the whole table, so one global array can be made of it.
+    on_mesh = None if table is None else jax.device_put(table, NamedSharding(mesh, PartitionSpec()))
+
+    def build(names: MarinTokenizer | None, max_examples: int | None) -> TaggedEvaluator[EvalExample, _Pass]:
+        evaluator = TaggedEvaluator(
+            EvalBatch=Axis("batch", batch_size),
+            tagged_eval_sets=sets,
+            loss_fn=lambda _, losses: losses,
+            tokenizer=names,
+            device_mesh=mesh,
+            axis_mapping=_AXIS_MAPPING,
+            max_examples_per_dataset=max_examples,
+        )
+        evaluator.loader.max_buffered_batches = _PREFETCHED_BATCHES
+        average = evaluator.accum_for_batch
+
+        # One forward pass serves levanter's averages, which take the losses for their "batch", and the exact sums.
+        def accumulate(one_pass: _Pass, state: eqx.Module, batch: EvalExample, tags: Array) -> eqx.Module:
+            plain = grug_lm_example_from_named(batch) if isinstance(batch, LmExample) else batch
+            losses, sums = _position_losses(one_pass.params, plain, tags, on_mesh, compute_dtype)
+            one_pass.sums.append(sums)
+            return average(None, state, losses, tags)
+
+        evaluator.accum_for_batch = accumulate
+        return evaluator
+
+    return TaggedEval(
+        evaluator=build(tokenizer, None if max_batches is None else max_batches * batch_size),
+        first_sequences=build(None, 1),
+        mesh=mesh,
+        exact=table is not None,
+    )
+
+
+def build_tagged_eval_callback(
+    evaluation: TaggedEval, config: GrugEvalConfig
+) -> Callable[[GrugTrainState], dict[str, float]]:
+    """Makes the function that evaluates a state as the config says: its parameters, their moving average, or both.
+
+    The moving average's metrics stand under `eval/ema/`. A state without one, where only it is to be evaluated, is a
+    `ValueError`.
+    """
+
+    def evaluate(state: GrugTrainState) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if config.eval_current:
+            metrics |= evaluation.evaluate(state.params)
+        if config.eval_ema and state.ema_params is not None:
+            metrics |= evaluation.evaluate(state.ema_params, prefix="eval/ema")
+        if not metrics:
+            raise ValueError(
+                "eval.eval_current=false leaves the moving average to evaluate, and the run keeps none: "
+                "set trainer.ema_beta, or eval.eval_current=true"
+            )
+        return metrics
+
+    return evaluate
+
+
+@eqx.filter_jit
+def _position_losses(
+    params: Transformer, batch: LmBatch, tags: Int[Array, "B K"], table: TokenBytes | None, compute_dtype: ComputeDtype
+) -> tuple[PositionLosses, Float[Array, "B sums"]]:
+    """Returns what `TaggedEvaluator` wants, and of each sequence its weighted nats and bytes and its tags."""
+    losses, weights = per_token_loss(params, batch, compute_dtype=compute_dtype), batch.loss_weight
+    predicted = jnp.roll(batch.tokens, -1, axis=1)
+    counts = jnp.zeros_like(weights) if table is None else table.of_predicted(batch.tokens) * weights
+    sums = jnp.stack([jnp.sum(losses * weights, axis=1), jnp.sum(counts, axis=1)], axis=1)
+    # Replicated, so that every process can read all of it.
+    return (losses, weights, predicted), constrain(jnp.concatenate([sums, tags.astype(sums.dtype)], axis=1), None, None)

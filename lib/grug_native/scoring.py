@@ -1,0 +1,324 @@
+"""Log-likelihoods of continuations, many requests packed into each row, and plain generation: the work of a harness.
+
+Everything here is a pure function of its arguments, the same on every process of a run.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from grug_native.loss import FULL_LOGITS_BYTES, ComputeDtype
+from grug_native.mesh import BATCH_AXES, batch_sharding, constrain, out_sharding
+from grug_native.model import Transformer, cast_parameters
+
+_PADDING_SEGMENT = -1
+
+
+class Request(NamedTuple):
+    """A continuation to score after a context, in token ids."""
+
+    context: Sequence[int]
+    """At least one token: something must predict the first one of the continuation."""
+    continuation: Sequence[int]
+    """What is scored; may be empty."""
+
+
+class Score(NamedTuple):
+    """What a model thinks of a continuation."""
+
+    log_likelihood: float
+    """Natural logarithm of its probability."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest one where it stands."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which requests share which row."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Indices of the requests of each row, from left to right."""
+    tokens: int
+    """Positions that hold a request."""
+
+    def efficiency(self, row_length: int) -> float:
+        """Share of the positions that hold a request."""
+        return self.tokens / (len(self.rows) * row_length)
+
+
+def pack(lengths: Sequence[int], row_length: int) -> Packing:
+    """Packs requests into rows: the longest first, each into the row which it fills best.
+
+    Args:
+        lengths: positions of each request, at most `row_length`.
+        row_length: positions of a row.
+
+    References:
+        Best-fit decreasing: Johnson et al. 1974 (doi 10.1137/0203025), at most 11/9 of the fewest rows possible.
+    """
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (positions left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        found = bisect_left(space, (lengths[index], -1))
+        if found == len(space):
+            left, row = row_length, len(rows)
+            rows.append([])
+        else:
+            left, row = space.pop(found)
+        rows[row].append(index)
+        if left > lengths[index]:
+            insort(space, (left - lengths[index], row))
+    return Packing(tuple(map(tuple, rows)), sum(lengths))
+
+
+@final
+@dataclass(frozen=True)
+class Scorer:
+    """Scores and continues sequences of tokens with one set of parameters. Compiles once for each of the two."""
+
+    params: Transformer
+    """Laid out over the mesh."""
+    mesh: Mesh
+    """The mesh on which the parameters lie."""
+    row_length: int
+    """Positions of a row: the longest sequence that the model is given."""
+    batch_size: int
+    """Rows of a forward pass over all devices; divides over the data-parallel ones."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype of the forward pass."""
+
+    def __post_init__(self) -> None:
+        shards = self.mesh.shape["replica_dcn"] * self.mesh.shape["data"]
+        if self.batch_size % shards != 0:
+            raise ValueError(
+                f"eval.harness.batch_size={self.batch_size} does not divide over {shards} data-parallel devices: "
+                f"use {-(-self.batch_size // shards) * shards}"
+            )
+
+    def positions(self, request: Request) -> int:
+        """How many positions of a row a request takes."""
+        return min(len(request.context) + len(request.continuation) - 1, self.row_length)
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Scores requests, in any number and of any length. Contexts that are too long lose their beginning.
+
+        Raises:
+            ValueError: if a continuation alone is longer than a row, or a context is empty.
+        """
+        for request in requests:
+            if not request.context or len(request.continuation) > self.row_length:
+                raise ValueError(
+                    f"a request of {len(request.context)} and {len(request.continuation)} tokens cannot be scored: "
+                    f"there must be a context, and at most {self.row_length} tokens to score"
+                )
+        scores = [Score(0.0, True)] * len(requests)
+        scored = [index for index, request in enumerate(requests) if request.continuation]
+        rows = pack([self.positions(requests[index]) for index in scored], self.row_length).rows
+        pending: tuple[list[list[int]], tuple[Array, Array]] | None = None
+        for first in range(0, len(rows), self.batch_size):
+            batch = [[scored[index] for index in row] for row in rows[first : first + self.batch_size]]
+            # The devices work on this batch while the host reads the one before.
+            dispatched = batch, self._dispatch(batch, requests)
+            for index, score in self._read(pending, requests):
+                scores[index] = score
+            pending = dispatched
+        for index, score in self._read(pending, requests):
+            scores[index] = score
+        return scores
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        key: PRNGKeyArray | None = None,
+        stop: Callable[[Sequence[int]], bool] = lambda _: False,
+    ) -> list[list[int]]:
+        """Continues prompts, token by token, with a whole forward pass for each: simple, and slow.
+
+        Args:
+            prompts: token ids, at least one each; those that leave no room for the new tokens lose their beginning.
+            max_new_tokens: of each continuation, less than a row holds.
+            temperature: of the sampling; 0 takes the likeliest token.
+            key: of the sampling; needed if `temperature` is positive.
+            stop: whether a continuation is finished. It keeps the token that finished it.
+
+        Raises:
+            ValueError: if there is no room for a prompt, or no key to sample with.
+        """
+        room = self.row_length - max_new_tokens
+        if room < 1:
+            raise ValueError(f"{max_new_tokens} new tokens leave no room for a prompt in a row of {self.row_length}")
+        if temperature > 0 and key is None:
+            raise ValueError(f"temperature={temperature} needs a key to sample with")
+        out: list[list[int]] = []
+        for first in range(0, len(prompts), self.batch_size):
+            batch = [list(prompt[-room:]) for prompt in prompts[first : first + self.batch_size]]
+            batch_key = jax.random.fold_in(jax.random.key(0) if key is None else key, first)
+            out += self._generate_batch(batch, max_new_tokens, temperature, batch_key, stop)
+        return out
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        key: PRNGKeyArray,
+        stop: Callable[[Sequence[int]], bool],
+    ) -> list[list[int]]:
+        tokens = np.zeros((self.batch_size, self.row_length), np.int32)
+        lengths = np.ones(self.batch_size, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        new: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for number in range(max_new_tokens):
+            with jax.set_mesh(self.mesh):
+                chosen = jax.device_get(
+                    _next_tokens(
+                        self.params,
+                        self._on_mesh(tokens),
+                        self._on_mesh(lengths),
+                        jnp.float32(temperature),
+                        jax.random.fold_in(key, number),
+                        self.compute_dtype,
+                    )
+                )
+            for row in sorted(running):
+                tokens[row, lengths[row]] = chosen[row]
+                lengths[row] += 1
+                new[row].append(int(chosen[row]))
+                if stop(new[row]):
+                    running.remove(row)
+            if not running:
+                break
+        return new
+
+    def _dispatch(self, rows: Sequence[Sequence[int]], requests: Sequence[Request]) -> tuple[Array, Array]:
+        shape = (self.batch_size, self.row_length)
+        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        segments = np.full(shape, _PADDING_SEGMENT, np.int32)
+        for row, indices in enumerate(rows):
+            at = 0
+            for number, index in enumerate(indices):
+                ids = [*requests[index].context, *requests[index].continuation][-(self.row_length + 1) :]
+                end = at + len(ids) - 1
+                tokens[row, at:end], targets[row, at:end], segments[row, at:end] = ids[:-1], ids[1:], number
+                at = end
+        with jax.set_mesh(self.mesh):
+            on_mesh = self._on_mesh(tokens), self._on_mesh(targets), self._on_mesh(segments)
+            return _score_batch(self.params, *on_mesh, self.compute_dtype)
+
+    def _read(
+        self, pending: tuple[list[list[int]], tuple[Array, Array]] | None, requests: Sequence[Request]
+    ) -> Iterator[tuple[int, Score]]:
+        if pending is None:
+            return
+        rows, results = pending
+        log_probabilities, greedy = jax.device_get(results)
+        for row, indices in enumerate(rows):
+            at = 0
+            for index in indices:
+                end = at + self.positions(requests[index])
+                scored = slice(end - len(requests[index].continuation), end)
+                total = float(log_probabilities[row, scored].sum(dtype=np.float64))
+                yield index, Score(total, bool(greedy[row, scored].all()))
+                at = end
+
+    def _on_mesh(self, array: np.ndarray) -> Array:
+        """Every process has the whole array, and puts its own devices' part there."""
+        return jax.make_array_from_callback(array.shape, batch_sharding(self.mesh), lambda index: array[index])
+
+
+@eqx.filter_jit
+def _score_batch(
+    params: Transformer,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    compute_dtype: ComputeDtype,
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """Log-probability of each target and whether no token is likelier, on every device."""
+    hidden, head = _hidden(params, tokens, segments, compute_dtype)
+
+    def score(
+        hidden: Float[Array, "B s D"], targets: Int[Array, "B s"]
+    ) -> tuple[Float[Array, "B s"], Bool[Array, "B s"]]:
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        is_target = targets[..., None] == jnp.arange(head.shape[1], dtype=targets.dtype)[None, None, :]
+        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(logits, axis=-1)
+
+    pieces = _pieces(tokens.shape, head.shape[1])
+    if pieces == 1:
+        log_probability, greedy = score(hidden, targets)
+    else:
+        log_probability, greedy = jax.tree.map(
+            _join, jax.lax.map(lambda piece: score(*piece), (_cut(hidden, pieces), _cut(targets, pieces)))
+        )
+    return constrain(log_probability, None, None), constrain(greedy, None, None)
+
+
+@eqx.filter_jit
+def _next_tokens(
+    params: Transformer,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    temperature: Float[Array, ""],
+    key: PRNGKeyArray,
+    compute_dtype: ComputeDtype,
+) -> Int[Array, " B"]:
+    """The token after the first `lengths[b]` of each row, on every device."""
+    # What stands after a row's tokens is attended to by nothing that is read.
+    hidden, head = _hidden(params, tokens, None, compute_dtype)
+    is_last = jnp.arange(tokens.shape[1])[None, :] == lengths[:, None] - 1
+    last = jnp.einsum("bs,bsd->bd", is_last.astype(hidden.dtype), hidden)
+    logits = constrain(jnp.matmul(last, head, preferred_element_type=jnp.float32), None, None)
+    sampled = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1.0))
+    return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1))
+
+
+def _hidden(
+    params: Transformer, tokens: Int[Array, "B S"], segments: Int[Array, "B S"] | None, compute_dtype: ComputeDtype
+) -> tuple[Float[Array, "B S D"], Float[Array, "D V"]]:
+    from levanter.grug.attention import AttentionMask
+
+    mask = AttentionMask.causal()
+    model = cast_parameters(params, compute_dtype)
+    if segments is not None:
+        mask = mask.with_segment_ids(segments)
+        if model.config.attention == "cudnn":  # It takes no segments.
+            model = replace(model, config=replace(model.config, attention="auto"))
+    return model(tokens, mask), constrain(model.lm_head, None, "model")
+
+
+def _pieces(shape: tuple[int, ...], vocab_size: int) -> int:
+    """Into how many pieces a row is cut, so that the logits of a piece fit into `FULL_LOGITS_BYTES` of each device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
+    rows, length = shape[0] // shards, shape[1]
+    divisors = (pieces for pieces in range(1, length + 1) if length % pieces == 0)
+    fitting = (pieces for pieces in divisors if 4 * rows * (length // pieces) * vocab_size <= FULL_LOGITS_BYTES)
+    return next(fitting, length)
+
+
+def _cut(x: Array, pieces: int) -> Array:
+    """(B, S, ...) to (pieces, B, S / pieces, ...)."""
+    shape = (x.shape[0], pieces, x.shape[1] // pieces, *x.shape[2:])
+    spec = out_sharding(BATCH_AXES, *(None for _ in shape[1:]))
+    return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=spec), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """(pieces, B, s) to (B, pieces * s)."""
+    rows = jnp.moveaxis(x, 0, 1)
+    return jnp.reshape(rows, (rows.shape[0], -1), out_sharding=out_sharding(BATCH_AXES, None))

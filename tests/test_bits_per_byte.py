@@ -1,0 +1,164 @@
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from levanter.data.passthrough_tokenizer import PassthroughTokenizer
+from levanter.tokenizers import MarinTokenizer, load_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from grug_native.bits_per_byte import TokenBytes, bits_per_byte, exact_metrics, token_bytes
+from tests.fixtures_data import WORDS, make_text
+
+if TYPE_CHECKING:
+    from levanter.data.text.datasets import LmDataConfig
+
+VOCAB = 640
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _words() -> Iterator[str]:
+    yield from make_text(0, 400).splitlines()
+
+
+def _load(folder: Path, tokenizer: Tokenizer) -> MarinTokenizer:
+    folder.mkdir()
+    spec = json.loads(tokenizer.to_str())
+    # As in a Llama: the bytes are tokens of the model, and no added ones.
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in BYTES]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return load_tokenizer(str(folder))
+
+
+def _llama_like() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*SPECIAL, *BYTES], show_progress=False)
+    tokenizer.train_from_iterator(_words(), trainer)
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(_words(), trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory: pytest.TempPathFactory) -> MarinTokenizer:
+    return _load(tmp_path_factory.mktemp("tokenizers") / "llama", _llama_like())
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> MarinTokenizer:
+    return _load(tmp_path_factory.mktemp("tokenizers") / "unigram", _unigram())
+
+
+@pytest.fixture(scope="module")
+def byte_level(small_corpus: "LmDataConfig") -> MarinTokenizer:
+    return small_corpus.the_tokenizer
+
+
+def _count(table: TokenBytes, ids: list[int]) -> int:
+    return int(table.first[ids[:1]].sum() + table.inside[ids[1:]].sum())
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(min_size=1))
+def test_the_tokens_of_any_text_hold_its_bytes(
+    byte_level: MarinTokenizer, llama_like: MarinTokenizer, text: str
+) -> None:
+    for tokenizer, own in ((byte_level, text), (llama_like, text.replace("▁", "_"))):
+        assert _count(token_bytes(tokenizer, VOCAB), tokenizer.encode(own)) == len(own.encode())
+
+
+@settings(max_examples=50, deadline=None)
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1))
+def test_metaspace_tokens_hold_the_bytes_of_text_in_their_alphabet(unigram: MarinTokenizer, words: list[str]) -> None:
+    text = " ".join(words)
+    assert _count(token_bytes(unigram, VOCAB), unigram.encode(text)) == len(text.encode())
+
+
+def test_special_and_absent_tokens_have_no_bytes(byte_level: MarinTokenizer, llama_like: MarinTokenizer) -> None:
+    for tokenizer in (byte_level, llama_like):
+        table = token_bytes(tokenizer, VOCAB)
+        assert tokenizer.eos_token_id is not None
+        assert table.special[tokenizer.eos_token_id]
+        assert not table.inside[table.special].any()
+        assert not table.inside[len(tokenizer) :].any()
+        assert table.inside.shape == (VOCAB,)
+    # One character, several tokens: levanter's own count is three bytes for each of them.
+    ids = byte_level.encode("🐕")
+    assert len(ids) > 1
+    assert _count(token_bytes(byte_level, VOCAB), ids) == 4
+
+
+def test_a_word_after_a_special_token_begins_a_text(llama_like: MarinTokenizer) -> None:
+    table = token_bytes(llama_like, VOCAB)
+    assert llama_like.eos_token_id is not None
+    word = llama_like.encode("grug brain")
+    tokens = jnp.array([[*word, llama_like.eos_token_id, *word]])
+    counted = np.asarray(table.of_predicted(tokens))[0, :-1]
+    # The first word of the row is predicted by nothing; the second text is counted in full.
+    assert counted[len(word) :].sum() == len("grug brain")
+    assert counted[: len(word) - 1].sum() == len("grug brain") - table.first[word[0]]
+
+
+def test_tokenizers_that_hide_the_bytes_are_refused(tmp_path: Path) -> None:
+    lower = Tokenizer(models.BPE())
+    lower.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    lower.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lower.decoder = decoders.ByteLevel()
+    lower.train_from_iterator(
+        _words(), trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
+    pieces = Tokenizer(models.WordPiece({"<unk>": 0, "grug": 1, "##s": 2}, unk_token="<unk>"))
+    pieces.decoder = decoders.WordPiece()
+    for name, tokenizer, size, message in (
+        ("lower", lower, len(lower.get_vocab()), "does not keep the bytes"),
+        ("pieces", pieces, 3, "WordPiece"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_bytes(_load(tmp_path / name, tokenizer), size)
+    with pytest.raises(ValueError, match="knows no text"):
+        token_bytes(PassthroughTokenizer(10), 10)
+
+
+def test_exact_metrics_are_ratios_of_sums() -> None:
+    nats, counts = np.array([10.0, 20.0, 40.0, 80.0]), np.array([1.0, 4.0, 4.0, 0.0])
+    tags = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
+    metrics = exact_metrics(nats, counts, tags, ["py/code", "py/doc", "other"], {"py": [0, 1]}, prefix="eval")
+    in_nats = {name: value * math.log(2) for name, value in metrics.items()}
+    assert in_nats == pytest.approx(
+        {
+            "eval/bpb_exact": 150 / 9,
+            "eval/macro_bpb_exact": (6 + 10) / 2,
+            "eval/py/bpb_exact": 70 / 9,
+            "eval/py/macro_bpb_exact": (6 + 10) / 2,
+            "eval/py/code/bpb_exact": 6.0,
+            "eval/py/doc/bpb_exact": 10.0,
+        }
+    )
+    assert exact_metrics(nats, counts, tags[:, :1], ["one"], {}, prefix="e").keys() == {
+        "e/bpb_exact",
+        "e/one/bpb_exact",
+    }
+
+
+def test_sums_are_exact_over_large_sets() -> None:
+    nats, counts = np.full(3_000_000, 1234.5, np.float32), np.full(3_000_000, 777.0, np.float32)
+    assert bits_per_byte(nats, counts) == pytest.approx(1234.5 / 777 / math.log(2), rel=1e-12)
+    assert bits_per_byte(nats[:2], np.zeros(2, np.float32)) is None
