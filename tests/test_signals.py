@@ -84,5 +84,31 @@ with StopSignal():
         assert child.wait(timeout=10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])
+def test_with_a_coordinator_jax_agrees_on_the_step(number: signal.Signals, codes: str) -> None:
+    code = """
+import socket, sys, time
+import jax
+from grug_native.signals import StopSignal
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=1, process_id=0)
+with StopSignal() as stop:
+    assert not stop.should_stop(0)
+    print("ready", flush=True)
+    for step in range(1, 2000):
+        time.sleep(0.01)
+        if stop.should_stop(step):
+            print(stop.exit_code)
+            sys.exit()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        assert child.stdout.read().split() == [codes]
+        assert child.wait(timeout=20) == 0
+
+
 def test_exit_codes_are_documented_numbers() -> None:
     assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 4]

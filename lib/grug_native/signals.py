@@ -41,7 +41,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
-        self._synced = jax.distributed.is_initialized() and bool(jax.config.read("jax_enable_preemption_service"))
+        self._synced = jax.distributed.is_initialized() and bool(jax.config.values["jax_enable_preemption_service"])
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
