@@ -99,6 +99,7 @@ with StopSignal() as stop:
     print("ready", flush=True)
     for step in range(1, 2000):
         time.sleep(0.01)
+        assert stop.exit_code is None
         if stop.should_stop(step):
             print(stop.exit_code)
             sys.exit()

@@ -41,6 +41,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
+        self._agreed = False
         self._synced = jax.distributed.is_initialized() and bool(jax.config.values["jax_enable_preemption_service"])
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup: socket.socket | None = None
@@ -71,8 +72,8 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int | None:
-        """128 plus the number of the signal that asked to stop; None if none did."""
-        return None if self._signal is None else 128 + self._signal
+        """128 plus the number of the signal that asked to stop; None if none did, or not all processes know yet."""
+        return None if self._signal is None or (self._synced and not self._agreed) else 128 + self._signal
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop after `step` updates.
@@ -81,9 +82,8 @@ class StopSignal:
             step: Updates done. Several processes all ask at every step, in order, and are all told to stop at the same.
         """
         if self._synced and multihost_utils.reached_preemption_sync_point(step):
-            self._signal = self._signal or signal.SIGTERM
-            return True
-        return self._signal is not None and not self._synced
+            self._signal, self._agreed = self._signal or signal.SIGTERM, True
+        return self.exit_code is not None
 
     def _watch(self, watched: socket.socket, handled: frozenset[signal.Signals]) -> None:
         with watched:
