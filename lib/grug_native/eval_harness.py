@@ -93,7 +93,8 @@ def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer) -> GrugH
     Raises:
         ValueError: if there is no such task, or it executes code.
     """
-    return GrugHarness(config, tokenizer, _load_tasks(config))
+    with _left_as_found():
+        return GrugHarness(config, tokenizer, _load_tasks(config))
 
 
 def _load_tasks(config: GrugHarnessConfig) -> TaskDict:

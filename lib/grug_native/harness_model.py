@@ -118,7 +118,7 @@ class GrugLM(TemplateLM):
             for ids in texts
         ]
         scores = iter(self._score([window for text in windows for window in text]))
-        return [sum(next(scores)[0] for _ in text) for text in windows]
+        return [sum((next(scores)[0] for _ in text), 0.0) for text in windows]
 
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
