@@ -70,8 +70,22 @@ def train_step(
     return _train_step((optimizer, batch, config), state)
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _train_step(
+def lower_train_step(
+    optimizer: GrugOptimizer, state: GrugTrainState, batch: LmBatch, *, config: GrugStepConfig = GrugStepConfig()
+) -> jax.stages.Lowered:
+    """The computation of `train_step`, lowered and not compiled.
+
+    Args:
+        optimizer: how gradients become updates.
+        state: arrays, or abstract ones (`jax.ShapeDtypeStruct`) with their shardings.
+        batch: likewise.
+        config: loss and averaging.
+    """
+    step = jax.jit(lambda state, batch: _update((optimizer, batch, config), state), donate_argnums=0)
+    return step.lower(state, batch)
+
+
+def _update(
     kept: tuple[GrugOptimizer, LmBatch, GrugStepConfig], state: GrugTrainState
 ) -> tuple[GrugTrainState, StepMetrics]:
     optimizer, batch, config = kept
@@ -106,6 +120,9 @@ def _train_step(
         ema_params=_average(state.ema_params, params, config.ema_beta),
     )
     return next_state, metrics
+
+
+_train_step = eqx.filter_jit(_update, donate="all-except-first")
 
 
 def _digest(tokens: Int[Array, "B S"]) -> UInt32[Array, ""]:

@@ -1,0 +1,246 @@
+"""What a run is going to be, worked out before any of it: sizes, costs, choices, and what is wrong with it.
+
+Nothing is allocated. Unless a compilation or a measurement is asked for, the data are not opened, and the work is that
+of tracing the shapes of the train state.
+"""
+
+import errno
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from grug_native.attention import choose_attention
+from grug_native.checkpoint_leaves import state_bytes
+from grug_native.loss import choose_cross_entropy
+from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.parts import RunParts
+from grug_native.run_folder import committed_steps, local_path
+from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
+from grug_native.train import lower_train_step, train_step
+
+if TYPE_CHECKING:
+    from levanter.data.text.examples import GrugLmExample
+
+_SPARE_CHECKPOINTS = 1.2
+"""Beside the permanent checkpoints: a temporary one, and a margin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSketch:
+    """What a plan reads of an `LmDataConfig`, under the same names, without importing levanter."""
+
+    tokenizer: str = "gpt2"
+    """Folder or name of the tokenizer."""
+    train_weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]] | None = None
+    """Weights of the components, or stages of them."""
+    components: Mapping[str, object] = field(default_factory=dict[str, object])
+    """The components by name."""
+    block_cross_document_attention: bool = True
+    """Whether batches carry segment ids."""
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> "DataSketch":
+        """Takes what it needs of the `data` section of a config file."""
+        return DataSketch(**{field.name: raw[field.name] for field in fields(DataSketch) if field.name in raw})
+
+
+def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> RunPlan:
+    """Works a run out.
+
+    Args:
+        parts: of the run. Its config's data may be a `DataSketch`, if nothing is compiled or measured.
+        compile: compile the train step, for its memory.
+        measure: train so many steps from the start, on the run's data, for its speed; nothing of it is kept.
+
+    Raises:
+        ValueError: for whatever can be known to be wrong: mesh, routing, schedule, vocabulary, batch sizes.
+        OSError: if the disk has no room for the checkpoints.
+    """
+    config, trainer = parts.config, parts.config.trainer
+    model, steps = config.model, config.trainer.num_train_steps
+    state = parts.state_shape  # The mesh, the shapes and the routing are checked here.
+    vocabulary = _check_vocabulary(config.data.tokenizer, model.vocab_size)
+    _check_eval_batch(parts)
+    folder = local_path(config.output_path)
+    saved = committed_steps(folder / "checkpoints")
+    checkpoint_bytes = state_bytes(state)
+    needed = _disk_needed(parts, checkpoint_bytes, after=saved[0] if saved else 0)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoints still to come need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, "
+            "raise trainer.steps_per_checkpoint, or change output_path",
+            str(folder),
+        )
+    flops = flops_per_token(model, config.seq_len)
+    tokens = trainer.sequences_before(steps) * config.seq_len
+    leaves = jax.tree.leaves_with_path(state.params)
+    return RunPlan(
+        run_id=config.run_id,
+        output_path=config.output_path,
+        resumes_from=saved[0] if saved else None,
+        parameters=parameter_counts(model),
+        routing=parts.optimizer.routing(state.params),
+        learning_rates=_learning_rates(parts),
+        flops_per_token=flops,
+        total_flops=tokens * flops.full,
+        steps=steps,
+        tokens=tokens,
+        batch_stages=trainer.batch_stages,
+        seq_len=config.seq_len,
+        mixture=_mixture(parts),
+        mesh=dict(parts.mesh.shape),
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        shardings={jax.tree_util.keystr(path): str(tuple(leaf.sharding.spec)) for path, leaf in leaves},
+        choices=_choices(parts),
+        checkpoint_bytes=checkpoint_bytes,
+        disk_needed=needed,
+        disk_free=free,
+        vocabulary=vocabulary,
+        memory=_compiled_memory(parts) if compile else None,
+        timing=_measured(parts, measure) if measure > 0 else None,
+    )
+
+
+def tokenizer_size(tokenizer: str) -> int | None:
+    """Tokens of a tokenizer that lies in a local folder; None for one that does not."""
+    file = Path(tokenizer) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return len(known | {token["content"] for token in content.get("added_tokens", ())})
+
+
+def _check_vocabulary(tokenizer: str, vocab_size: int) -> int | None:
+    tokens = tokenizer_size(tokenizer)
+    if tokens is not None and tokens > vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is smaller than the {tokens} tokens of the tokenizer {tokenizer!r}: raise "
+            f"it to at least {tokens}"
+        )
+    return tokens
+
+
+def _check_eval_batch(parts: RunParts) -> None:
+    size, shards = parts.eval_batch_size, parts.mesh.shape["replica_dcn"] * parts.mesh.shape["data"]
+    if size % shards != 0:
+        raise ValueError(
+            f"eval.eval_batch_size={size} does not divide over {shards} data-parallel devices: use "
+            f"{-(-size // shards) * shards}"
+        )
+
+
+def _disk_needed(parts: RunParts, checkpoint_bytes: int, *, after: int) -> int:
+    trainer = parts.config.trainer
+    every, last = trainer.steps_per_checkpoint, trainer.num_train_steps
+    permanent = {last} if every is None else {last, *range(every, last, every)}
+    to_come = sum(step > after for step in permanent)
+    return int((to_come + (_SPARE_CHECKPOINTS if to_come else 0)) * checkpoint_bytes)
+
+
+def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:
+    last = parts.config.trainer.num_train_steps - 1
+    steps = sorted({0, *(round(last * share) for share in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)), last})
+    rates = jax.jit(jax.vmap(parts.optimizer.learning_rate))(jnp.array(steps))
+    return tuple(zip(steps, rates.tolist(), strict=True))
+
+
+def _mixture(parts: RunParts) -> MixtureStages:
+    data = parts.config.data
+    weights = data.train_weights
+    if weights is None:
+        weights = dict.fromkeys(data.components, 1.0)
+    stages = [(0, weights)] if isinstance(weights, Mapping) else weights
+    return tuple(
+        (step, {name: weight / sum(shares.values()) for name, weight in shares.items()}) for step, shares in stages
+    )
+
+
+def _choices(parts: RunParts) -> tuple[Choice, ...]:
+    config, backend = parts.config, jax.default_backend()
+    model, dtype = config.model, parts.step_config.compute_dtype
+    sequences = max(size for _, size in config.trainer.batch_stages)
+    tokens = sequences * config.seq_len // (parts.mesh.shape["replica_dcn"] * parts.mesh.shape["data"])
+    attention = choose_attention(
+        model.attention, backend=backend, seq_len=config.seq_len, packed=config.data.block_cross_document_attention
+    )
+    cross_entropy = choose_cross_entropy(model.cross_entropy, tokens=tokens, vocab_size=model.vocab_size)
+    asked = config.trainer.compute_dtype != "auto"
+    return (
+        Choice("attention", *attention),
+        Choice("cross-entropy", *cross_entropy),
+        Choice("compute dtype", dtype, "asked for by the config" if asked else f"the faster one on {backend}"),
+        Choice(
+            "layers",
+            "scanned" if model.scan_layers else "unrolled",
+            "compile fast" if model.scan_layers else "run faster than scanned ones",
+        ),
+        Choice(
+            "recomputed",
+            model.remat,
+            "asked for by the config" if model.remat != "none" else "all activations are kept",
+        ),
+    )
+
+
+def _abstract_batch(parts: RunParts) -> "GrugLmExample":
+    from levanter.data.text.examples import GrugLmExample
+    from levanter.grug.attention import AttentionMask
+
+    from grug_native.mesh import batch_sharding
+
+    config = parts.config
+    shape = (max(size for _, size in config.trainer.batch_stages), config.seq_len)
+
+    def abstract(dtype: type) -> jax.Array:
+        return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(parts.mesh)))
+
+    mask = AttentionMask.causal()
+    if config.data.block_cross_document_attention:
+        mask = replace(mask, segment_ids=(abstract(jnp.int32), abstract(jnp.int32)))
+    return GrugLmExample(abstract(jnp.int32), abstract(jnp.float32), mask)
+
+
+def _compiled_memory(parts: RunParts) -> MemoryUse | None:
+    with jax.set_mesh(parts.mesh):
+        lowered = lower_train_step(parts.optimizer, parts.state_shape, _abstract_batch(parts), config=parts.step_config)
+        usage = lowered.compile().memory_analysis()
+    if usage is None:
+        return None
+    state = usage.argument_size_in_bytes
+    fresh = usage.output_size_in_bytes - usage.alias_size_in_bytes
+    return MemoryUse(state, usage.temp_size_in_bytes, state + fresh + usage.temp_size_in_bytes)
+
+
+def _measured(parts: RunParts, steps: int) -> Timing:
+    from grug_native.data import batch_at
+
+    batches = [batch_at(parts.loader, step) for step in range(min(steps, 8))]
+    state = parts.init_state()
+    times: list[float] = []
+    with jax.set_mesh(parts.mesh):
+        for step in range(steps + 1):
+            started = time.perf_counter()
+            state, metrics = train_step(parts.optimizer, state, batches[step % len(batches)], config=parts.step_config)
+            jax.block_until_ready(metrics.loss)
+            times.append(time.perf_counter() - started)
+    trainer = parts.config.trainer
+    step_seconds = statistics.median(times[1:])
+    per_second = trainer.batch_size_at(0) * parts.config.seq_len / step_seconds
+    return Timing(
+        compile_seconds=times[0],
+        step_seconds=step_seconds,
+        tokens_per_second=per_second,
+        train_seconds=trainer.sequences_before(trainer.num_train_steps) * parts.config.seq_len / per_second,
+    )

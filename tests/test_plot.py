@@ -1,0 +1,91 @@
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from grug_native.plot import plot_runs, save_plot
+
+type Row = Mapping[str, float | str]
+
+
+def write_run(folder: Path, rows: Sequence[Row]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_run(folder: Path, steps: int, *, level: float = 3.0) -> Path:
+    rows: list[Row] = []
+    for step in range(steps):
+        if step % 50 == 0:
+            bpb = {f"eval/{tag}bpb_exact": level / 2 for tag in ("", "python/", "python/code/", "python/docs/")}
+            rows.append({"step": step, "eval/loss": level, **bpb})
+        loss = level + math.exp(-step / 50)
+        rows.append(
+            {
+                "step": step,
+                "train/loss": "NaN" if step == 7 else loss,
+                "optim/learning_rate": 1e-3,
+                "grad/norm/total": 40.0 if step == 9 else 1.0,
+                "throughput/tokens_per_second": 1000.0,
+                "mixture/weight/python/code": 0.5,
+                "mixture/weight/python/docs": 0.5,
+            }
+        )
+    return write_run(folder, rows)
+
+
+def test_one_run_has_every_curve(tmp_path: Path) -> None:
+    loss, bpb, rate, norm, speed, mixture = plot_runs([make_run(tmp_path / "a", 200)]).axes
+    assert loss.get_legend_handles_labels()[1] == ["training", "held out"]
+    # The leaves of the tags, and the total; not what lies between.
+    assert bpb.get_legend_handles_labels()[1] == ["all", "python/code", "python/docs"]
+    assert mixture.get_legend_handles_labels()[1] == ["python/code", "python/docs"]
+    assert [axes.has_data() for axes in (rate, norm, speed)] == [True] * 3
+    assert norm.get_yscale() == "log"
+    pale, smooth = loss.lines[:2]
+    assert np.shape(pale.get_xydata()) == (200, 2)
+    assert np.shape(smooth.get_xydata()) == (60, 2)
+
+
+def test_runs_are_laid_over_each_other(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a", 20), make_run(tmp_path / "b", 30, level=4.0)]
+    loss, bpb, rate, *_ = plot_runs(folders).axes
+    assert loss.get_legend_handles_labels()[1] == ["a, training", "a, held out", "b, training", "b, held out"]
+    assert [np.asarray(line.get_ydata())[-1] for line in loss.lines] == pytest.approx(
+        [3 + math.exp(-19 / 50), 3, 4 + math.exp(-29 / 50), 4]
+    )
+    assert len(bpb.lines) == 6
+    assert len(rate.lines) == 2
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / parent / "run", 5) for parent in ("x", "y")]
+    labels = plot_runs(folders).axes[2].get_legend_handles_labels()[1]
+    assert labels == [str(folder) for folder in folders]
+
+
+def test_what_was_not_logged_is_said_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [{"step": 0, "train/loss": 2.0}])
+    texts = [[text.get_text() for text in axes.texts] for axes in plot_runs([folder]).axes]
+    assert texts == [[], *[["not logged"]] * 5]
+
+
+def test_the_picture_is_written_whole(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", 100)
+    save_plot([folder], folder / "loss.png")
+    assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "metrics.jsonl"]
+    picture = imread(folder / "loss.png")
+    assert picture.shape[:2] == (880, 1650)
+    assert len({tuple(pixel) for pixel in picture[::20, ::5].reshape(-1, picture.shape[2])}) > 5
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
+        plot_runs([tmp_path])
+    with pytest.raises(ValueError, match="logged nothing yet"):
+        plot_runs([write_run(tmp_path / "a", [])])

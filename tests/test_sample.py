@@ -1,0 +1,116 @@
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Float
+from levanter.grug.attention import AttentionMask
+
+from grug_native.mesh import create_mesh
+from grug_native.model import Transformer
+from grug_native.sample import KVCache, append_samples, extend, generate
+from tests.fixtures_run import SMALL_MODEL
+
+PROMPT = [7, 250, 3, 99, 12]
+
+
+@pytest.fixture(scope="module")
+def params() -> Transformer:
+    """Weights large enough that the logits differ by more than rounding."""
+    drawn = Transformer.init(SMALL_MODEL, key=jax.random.key(1))
+    return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, drawn)
+
+
+@eqx.filter_jit
+def full_logits(params: Transformer, tokens: Array) -> Float[Array, "B S V"]:
+    return params.logits(tokens, AttentionMask.causal())
+
+
+@pytest.mark.parametrize("pieces", [[32], [5] + [1] * 27, [8, 3, 21]])
+def test_logits_equal_those_of_the_full_forward_pass(params: Transformer, pieces: list[int]) -> None:
+    tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 300)
+    cache = KVCache.empty(SMALL_MODEL, batch=2, length=32, dtype="float32")
+    read, start = eqx.filter_jit(extend), 0
+    found: list[Array] = []
+    for piece in pieces:
+        logits, cache = read(params, tokens[:, start : start + piece], jnp.asarray(start), cache)
+        found.append(logits)
+        start += piece
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), full_logits(params, tokens), atol=1e-5)
+
+
+def by_hand(params: Transformer, new: int) -> list[int]:
+    ids = list(PROMPT)
+    for _ in range(new):
+        padded = jnp.array([ids + [0] * (32 - len(ids))])
+        ids.append(int(jnp.argmax(full_logits(params, padded)[0, len(ids) - 1])))
+    return ids[len(PROMPT) :]
+
+
+def test_temperature_0_takes_the_likeliest_token_of_the_full_forward_pass(params: Transformer) -> None:
+    assert generate(params, PROMPT, max_new_tokens=27, temperature=0.0) == by_hand(params, 27)
+    assert generate(params, PROMPT, max_new_tokens=9, top_k=1, seed=5) == by_hand(params, 9)
+
+
+def test_a_mesh_changes_nothing(params: Transformer) -> None:
+    from grug_native.model import shard_parameters
+
+    alone = generate(params, PROMPT, max_new_tokens=20, seed=3)
+    mesh = create_mesh(4)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(shard_parameters)(params)
+        assert len(spread.embed.sharding.device_set) == 4
+        assert generate(spread, PROMPT, max_new_tokens=20, seed=3) == alone
+    assert generate(spread, PROMPT, max_new_tokens=20, seed=3) == alone
+
+
+def test_the_seed_decides(params: Transformer) -> None:
+    drawn = [generate(params, PROMPT, max_new_tokens=20, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # A longer text begins as the shorter one did.
+    assert generate(params, PROMPT, max_new_tokens=10, seed=0) == drawn[0][:10]
+
+
+def test_draws_are_distributed_as_the_softmax_says(params: Transformer) -> None:
+    logits = full_logits(params, jnp.array([PROMPT]))[0, -1] / 0.7
+    top = jax.lax.top_k(logits, 4)[1].tolist()
+    wanted = jax.nn.softmax(logits[jnp.array(top)])
+    drawn = [generate(params, PROMPT, max_new_tokens=1, temperature=0.7, top_k=4, seed=s)[0] for s in range(200)]
+    assert set(drawn) <= set(top)
+    np.testing.assert_allclose([drawn.count(token) / 200 for token in top], wanted, atol=0.12)
+
+
+def test_the_stop_token_ends_the_text_and_is_left_out(params: Transformer) -> None:
+    whole = by_hand(params, 12)
+    stop = whole[6]
+    found = generate(params, PROMPT, max_new_tokens=12, temperature=0.0, stop_token=stop)
+    assert found == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        ([], {"max_new_tokens": 3}, "at least one"),
+        ([300], {"max_new_tokens": 3}, r"\[0, 300\)"),
+        ([1], {"max_new_tokens": 32}, r"max_new_tokens=32 do not fit in model.max_seq_len=32: ask for 1 to 31"),
+        ([1], {"max_new_tokens": 3, "temperature": -1.0}, "temperature=-1.0"),
+        ([1], {"max_new_tokens": 3, "top_k": 0}, "top_k=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    params: Transformer, prompt: list[int], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(params, prompt, **arguments)
+
+
+def test_samples_are_kept_as_markdown(tmp_path: Path) -> None:
+    file = tmp_path / "samples.md"
+    append_samples(file, 10, ["def f():\n  pass", "grug"])
+    append_samples(file, 20, ["# no heading"])
+    assert file.read_text() == (
+        "## After 10 steps\n\n    def f():\n      pass\n\n    grug\n\n## After 20 steps\n\n    # no heading\n\n"
+    )
