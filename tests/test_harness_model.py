@@ -18,6 +18,7 @@ from grug_native.eval_hooks import build_tagged_evaluator
 from grug_native.harness_model import GrugLM
 from grug_native.mesh import create_mesh
 from grug_native.model import Transformer
+from grug_native.sample import generate
 from grug_native.scoring import Request, Scorer
 from tests.fixtures_data import WORDS, make_text
 from tests.fixtures_run import SMALL_MODEL
@@ -116,7 +117,7 @@ def test_bits_per_byte_of_documents_equal_those_of_the_evaluation(
 
 def test_generation_stops_where_the_task_says(model: GrugLM, scorer: Scorer, tokenizer: MarinTokenizer) -> None:
     prompt = "grug brain say"
-    [ids] = scorer.generate([tokenizer.encode(prompt)], max_new_tokens=12)
+    ids = generate(scorer.params, tokenizer.encode(prompt), max_new_tokens=12, temperature=0.0)
     text = tokenizer.decode(ids)
     eos = str(tokenizer.eos_token)
     mark = next(character for character in text[1:] if character.isascii() and character.isalnum())
@@ -126,16 +127,23 @@ def test_generation_stops_where_the_task_says(model: GrugLM, scorer: Scorer, tok
         {"until": ["never said"], "max_gen_toks": 3, "temperature": 0.0},
     ]
     free, stopped, short = model.generate_until(_instances("generate_until", [(prompt, s) for s in settings]))
-    assert free == text.split(eos)[0]
+    assert free == text.split(eos)[0]  # which is where EOS ends it
     assert stopped == text.split(mark)[0] != free
     assert short == tokenizer.decode(ids[:3])
+    long = model.generate_until(_instances("generate_until", [("brain " * 40 + prompt, {"max_gen_toks": 12})]))
+    kept = tokenizer.encode("brain " * 40 + prompt)[-(ROW - 12) :]
+    assert long == [
+        tokenizer.decode(
+            generate(scorer.params, kept, max_new_tokens=12, temperature=0.0, stop_token=tokenizer.eos_token_id)
+        )
+    ]
     sampled = model.generate_until(
         _instances("generate_until", [(prompt, {"until": [], "do_sample": True, "max_gen_toks": 12})] * 2)
     )
-    assert sampled[0] != text
+    assert len({*sampled, free}) == 3
     with pytest.raises(ValueError, match="top_p"):
         model.generate_until(_instances("generate_until", [(prompt, {"do_sample": True, "top_p": 0.9})]))
-    with pytest.raises(ValueError, match="leave no room"):
+    with pytest.raises(ValueError, match="leaves no room"):
         model.generate_until(_instances("generate_until", [(prompt, {"max_gen_toks": ROW})]))
 
 

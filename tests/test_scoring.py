@@ -15,6 +15,7 @@ from levanter.grug.attention import AttentionMask
 from grug_native import scoring
 from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import Transformer
+from grug_native.sample import generate
 from grug_native.scoring import Request, Score, Scorer, pack
 from tests.fixtures_run import SMALL_MODEL
 
@@ -80,7 +81,7 @@ def test_packed_scores_equal_one_request_at_a_time(scorer: Scorer) -> None:
     requests = _requests(1000)
     # Some continuations are what the model itself would say, so that both greedy flags occur.
     prompts = [request.context[:20] for request in requests[::20]]
-    greedy = scorer.generate(prompts, max_new_tokens=3)
+    greedy = [generate(scorer.params, prompt, max_new_tokens=3, temperature=0.0) for prompt in prompts]
     requests[::20] = [Request(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True)]
     one_device = create_mesh(4, devices=jax.devices()[:1])
     alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), scorer.params)
@@ -114,34 +115,6 @@ def test_what_cannot_be_scored_is_named(scorer: Scorer) -> None:
             scorer.score([request])
     with pytest.raises(ValueError, match=r"batch_size=6 does not divide over 4 .*use 8"):
         replace(scorer, batch_size=6)
-    with pytest.raises(ValueError, match="leave no room"):
-        scorer.generate([[1]], max_new_tokens=ROW)
-    with pytest.raises(ValueError, match="needs a key"):
-        scorer.generate([[1]], max_new_tokens=1, temperature=1.0)
-
-
-def test_generation_takes_the_likeliest_token(scorer: Scorer) -> None:
-    prompts = [[5, 6, 7], [9] * 100, *([index] for index in range(8))]
-    found = scorer.generate(prompts, max_new_tokens=6, stop=lambda ids: len(ids) == 4)
-    one_device = create_mesh(4, devices=jax.devices()[:1])
-    alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), scorer.params)
-    # Room is kept for six tokens, so the long prompt loses its beginning.
-    expected = [list(prompt[-(ROW - 6) :]) for prompt in prompts]
-    for _ in range(4):
-        table = _log_probabilities(alone, one_device, expected)
-        for row, ids in enumerate(expected):
-            ids.append(int(table[row, len(ids) - 1].argmax()))
-    assert found == [ids[-4:] for ids in expected]
-
-
-def test_sampling_follows_its_key_and_the_model(scorer: Scorer) -> None:
-    prompts, key = [[3, 4]] * 32, jax.random.key(0)
-    draws = scorer.generate(prompts, max_new_tokens=2, temperature=1.0, key=key)
-    assert draws == scorer.generate(prompts, max_new_tokens=2, temperature=1.0, key=key)
-    assert draws != scorer.generate(prompts, max_new_tokens=2, temperature=1.0, key=jax.random.key(1))
-    assert len({tuple(draw) for draw in draws}) > 16
-    cold = scorer.generate(prompts, max_new_tokens=2, temperature=1e-4, key=key)
-    assert cold == scorer.generate(prompts, max_new_tokens=2)
 
 
 @given(lengths=st.lists(st.integers(1, ROW), max_size=200))

@@ -3,23 +3,20 @@
 Importing this module imports lm-eval, which takes seconds; nothing light may import it.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, final, override
 
-import jax
 from levanter.tokenizers import MarinTokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from grug_native.sample import generate
 from grug_native.scoring import Request, Scorer
 
 _DEFAULT_NEW_TOKENS = 256
 """Of a generation task that names no limit; half a row, where rows are short."""
-
-_SAMPLING_SEED = 0
 
 
 @final
@@ -122,37 +119,35 @@ class GrugLM(TemplateLM):
 
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts, greedily or by sampling at a temperature, until a stop string or EOS."""
-        pairs: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]
-        alike: dict[str, list[int]] = {}
-        for index, (_, settings) in enumerate(pairs):
-            alike.setdefault(json.dumps(settings, sort_keys=True), []).append(index)
-        texts: dict[int, str] = {}
-        for indices in alike.values():
-            contexts = [pairs[index][0] for index in indices]
-            texts |= zip(indices, self._generate(contexts, pairs[indices[0]][1]), strict=True)
-        return [texts[index] for index in range(len(requests))]
+        """Continues texts one by one, greedily or by sampling at a temperature, until a stop string or EOS."""
+        return [self._generate(*request.args, seed=number) for number, request in enumerate(requests)]
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    def _generate(self, context: str, settings: dict[str, Any], *, seed: int) -> str:
         arguments: dict[str, Any] = dict(normalize_gen_kwargs(settings, min(_DEFAULT_NEW_TOKENS, self.max_length // 2)))
         until = handle_stop_sequences(arguments.pop("until"), eos=self._text.eos_token)
-        max_new_tokens, sample = arguments.pop("max_gen_toks"), arguments.pop("do_sample")
-        temperature = arguments.pop("temperature", 1.0 if sample else 0.0)
-        if sample and arguments:
-            raise ValueError(f"generation_kwargs {sorted(arguments)} are not supported: sample by temperature alone")
-
-        def stop(ids: Sequence[int]) -> bool:
-            text = self._text.decode(list(ids))
-            return ids[-1] == self._eos or any(mark in text for mark in until if mark)
-
-        continuations = self._scorer.generate(
-            [self.tok_encode(context) or [self.prefix_token_id] for context in contexts],
+        max_new_tokens, sampling = arguments.pop("max_gen_toks"), arguments.pop("do_sample")
+        temperature, top_k = arguments.pop("temperature", 1.0 if sampling else 0.0), arguments.pop("top_k", None)
+        if sampling and arguments:
+            raise ValueError(
+                f"generation_kwargs {sorted(arguments)} are not supported: sample by temperature and top_k"
+            )
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"generation_kwargs max_gen_toks={max_new_tokens} leaves no room for a prompt in the {self.max_length} "
+                "positions of the model: lower it"
+            )
+        ids = generate(
+            self._scorer.params,
+            self.tok_encode(context)[-room:] or [self.prefix_token_id],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            key=jax.random.key(_SAMPLING_SEED),
-            stop=stop,
+            top_k=top_k,
+            seed=seed,
+            stop_token=self._eos,
+            compute_dtype=self._scorer.compute_dtype,
         )
-        return [postprocess_generated_text(self._text.decode(ids), until, None) for ids in continuations]
+        return postprocess_generated_text(self._text.decode(ids), until, None)
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         self.tokens += sum(map(self._scorer.positions, requests))

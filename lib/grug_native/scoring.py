@@ -1,10 +1,10 @@
-"""Log-likelihoods of continuations, many requests packed into each row, and plain generation: the work of a harness.
+"""Log-likelihoods of continuations, many requests packed into each row.
 
 Everything here is a pure function of its arguments, the same on every process of a run.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from grug_native.loss import FULL_LOGITS_BYTES, ComputeDtype
 from grug_native.mesh import BATCH_AXES, batch_sharding, constrain, out_sharding
@@ -82,7 +82,7 @@ def pack(lengths: Sequence[int], row_length: int) -> Packing:
 @final
 @dataclass(frozen=True)
 class Scorer:
-    """Scores and continues sequences of tokens with one set of parameters. Compiles once for each of the two."""
+    """Scores requests with one set of parameters. Compiles once, whatever the requests and the parameters."""
 
     params: Transformer
     """Laid out over the mesh."""
@@ -134,75 +134,6 @@ class Scorer:
             scores[index] = score
         return scores
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        key: PRNGKeyArray | None = None,
-        stop: Callable[[Sequence[int]], bool] = lambda _: False,
-    ) -> list[list[int]]:
-        """Continues prompts, token by token, with a whole forward pass for each: simple, and slow.
-
-        Args:
-            prompts: token ids, at least one each; those that leave no room for the new tokens lose their beginning.
-            max_new_tokens: of each continuation, less than a row holds.
-            temperature: of the sampling; 0 takes the likeliest token.
-            key: of the sampling; needed if `temperature` is positive.
-            stop: whether a continuation is finished. It keeps the token that finished it.
-
-        Raises:
-            ValueError: if there is no room for a prompt, or no key to sample with.
-        """
-        room = self.row_length - max_new_tokens
-        if room < 1:
-            raise ValueError(f"{max_new_tokens} new tokens leave no room for a prompt in a row of {self.row_length}")
-        if temperature > 0 and key is None:
-            raise ValueError(f"temperature={temperature} needs a key to sample with")
-        out: list[list[int]] = []
-        for first in range(0, len(prompts), self.batch_size):
-            batch = [list(prompt[-room:]) for prompt in prompts[first : first + self.batch_size]]
-            batch_key = jax.random.fold_in(jax.random.key(0) if key is None else key, first)
-            out += self._generate_batch(batch, max_new_tokens, temperature, batch_key, stop)
-        return out
-
-    def _generate_batch(
-        self,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int,
-        temperature: float,
-        key: PRNGKeyArray,
-        stop: Callable[[Sequence[int]], bool],
-    ) -> list[list[int]]:
-        tokens = np.zeros((self.batch_size, self.row_length), np.int32)
-        lengths = np.ones(self.batch_size, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-        new: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        for number in range(max_new_tokens):
-            with jax.set_mesh(self.mesh):
-                chosen = jax.device_get(
-                    _next_tokens(
-                        self.params,
-                        self._on_mesh(tokens),
-                        self._on_mesh(lengths),
-                        jnp.float32(temperature),
-                        jax.random.fold_in(key, number),
-                        self.compute_dtype,
-                    )
-                )
-            for row in sorted(running):
-                tokens[row, lengths[row]] = chosen[row]
-                lengths[row] += 1
-                new[row].append(int(chosen[row]))
-                if stop(new[row]):
-                    running.remove(row)
-            if not running:
-                break
-        return new
-
     def _dispatch(self, rows: Sequence[Sequence[int]], requests: Sequence[Request]) -> tuple[Array, Array]:
         shape = (self.batch_size, self.row_length)
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -248,7 +179,13 @@ def _score_batch(
     compute_dtype: ComputeDtype,
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
     """Log-probability of each target and whether no token is likelier, on every device."""
-    hidden, head = _hidden(params, tokens, segments, compute_dtype)
+    from levanter.grug.attention import AttentionMask
+
+    model = cast_parameters(params, compute_dtype)
+    if model.config.attention == "cudnn":  # It takes no segments.
+        model = replace(model, config=replace(model.config, attention="auto"))
+    hidden = model(tokens, AttentionMask.causal().with_segment_ids(segments))
+    head = constrain(model.lm_head, None, "model")
 
     def score(
         hidden: Float[Array, "B s D"], targets: Int[Array, "B s"]
@@ -266,39 +203,6 @@ def _score_batch(
             _join, jax.lax.map(lambda piece: score(*piece), (_cut(hidden, pieces), _cut(targets, pieces)))
         )
     return constrain(log_probability, None, None), constrain(greedy, None, None)
-
-
-@eqx.filter_jit
-def _next_tokens(
-    params: Transformer,
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    temperature: Float[Array, ""],
-    key: PRNGKeyArray,
-    compute_dtype: ComputeDtype,
-) -> Int[Array, " B"]:
-    """The token after the first `lengths[b]` of each row, on every device."""
-    # What stands after a row's tokens is attended to by nothing that is read.
-    hidden, head = _hidden(params, tokens, None, compute_dtype)
-    is_last = jnp.arange(tokens.shape[1])[None, :] == lengths[:, None] - 1
-    last = jnp.einsum("bs,bsd->bd", is_last.astype(hidden.dtype), hidden)
-    logits = constrain(jnp.matmul(last, head, preferred_element_type=jnp.float32), None, None)
-    sampled = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1.0))
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1))
-
-
-def _hidden(
-    params: Transformer, tokens: Int[Array, "B S"], segments: Int[Array, "B S"] | None, compute_dtype: ComputeDtype
-) -> tuple[Float[Array, "B S D"], Float[Array, "D V"]]:
-    from levanter.grug.attention import AttentionMask
-
-    mask = AttentionMask.causal()
-    model = cast_parameters(params, compute_dtype)
-    if segments is not None:
-        mask = mask.with_segment_ids(segments)
-        if model.config.attention == "cudnn":  # It takes no segments.
-            model = replace(model, config=replace(model.config, attention="auto"))
-    return model(tokens, mask), constrain(model.lm_head, None, "model")
 
 
 def _pieces(shape: tuple[int, ...], vocab_size: int) -> int:
