@@ -1,6 +1,6 @@
 """A model, batches and runs small enough for every test."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def make_batch(
 
 
 @contextmanager
-def without_runtime_types() -> Iterator[None]:
+def without_runtime_types() -> Generator[None]:
     """What a user meets, who does not run under the type-checking import hook of the tests."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
@@ -62,10 +62,13 @@ def make_run(small_corpus: "LmDataConfig", tmp_path: Path) -> MakeRun:
         name: str = "run",
         **sections: Any,
     ) -> GrugNativeRunConfig:
+        trainer_fields: dict[str, Any] = {"num_train_steps": 8, "train_batch_size": 4} | (trainer or {})
+        optimizer_fields: dict[str, Any] = {"learning_rate": 1e-2, "warmup": 2} | (optimizer or {})
+        parts: dict[str, Any] = {"model": SMALL_MODEL, "data": small_corpus} | sections
         return GrugNativeRunConfig(
-            **{"model": SMALL_MODEL, "data": small_corpus, **sections},
-            optimizer=GrugOptimizerConfig(**({"learning_rate": 1e-2, "warmup": 2} | (optimizer or {}))),
-            trainer=GrugTrainerConfig(**({"num_train_steps": 8, "train_batch_size": 4} | (trainer or {}))),
+            **parts,
+            optimizer=GrugOptimizerConfig(**optimizer_fields),
+            trainer=GrugTrainerConfig(**trainer_fields),
             output_path=str(tmp_path / name),
         )
 

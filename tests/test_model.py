@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from levanter.data.text.examples import GrugLmExample, named_lm_example_from_grug
 from levanter.grug.attention import AttentionMask
 
-from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.loss import next_token_loss
+from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import MODEL_PRESETS, GrugModelConfig, GrugRopeConfig, Transformer, parameter_kind
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
 from tests.levanter_llama import to_llama
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_is_refused(changes: dict[str, object], words: li
 
 def test_a_sequence_that_is_too_long_is_refused() -> None:
     model = Transformer.init(SMALL_MODEL, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="33 tokens is longer than model.max_seq_len=32"):
+    with pytest.raises(ValueError, match=r"33 tokens is longer than model.max_seq_len=32"):
         model(jnp.zeros((1, 33), jnp.int32), AttentionMask.causal())
 
 

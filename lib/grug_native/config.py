@@ -27,7 +27,7 @@ NonFinitePolicy = Literal["stop", "skip"]
 """What a step whose loss, gradient or update is not finite does to the run."""
 
 ComputeDtypeName = Literal["auto", "float32", "bfloat16"]
-"""Dtype of the forward and backward pass; `auto` is bfloat16 on GPU and TPU, float32 on CPU, where XLA's bf16 is slow."""
+"""Dtype of the forward and backward pass; `auto` is bfloat16 on GPU and TPU, and float32 on CPU, where bf16 is slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
         trainer["trackers"] = [draccus.decode(LevanterTrackerConfig, tracker) for tracker in trackers]
         return draccus.decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer})
     except draccus.ParsingError as error:
-        raise ValueError(str(error)) from error
+        # draccus only says which class refused; the refusal itself is the cause.
+        refusal = error.__cause__ if "Couldn't instantiate" in str(error) else error
+        raise ValueError(str(refusal)) from error
 
 
 def save_config(config: GrugNativeRunConfig, path: Path) -> None:

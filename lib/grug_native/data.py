@@ -7,7 +7,7 @@ Importing this module imports levanter's data stack, which takes seconds; nothin
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from itertools import count
 from queue import SimpleQueue
@@ -260,11 +260,18 @@ def batch_at(loader: DataLoader[GrugLmExample], step: int) -> GrugLmExample:
     return jax.tree.map(assemble, *examples)
 
 
-def iter_from_step(loader: DataLoader[GrugLmExample], start_step: int) -> Generator[GrugLmExample, None, None]:
+def iter_from_step(
+    loader: DataLoader[GrugLmExample], start_step: int, *, interrupted: Callable[[], bool] = lambda: False
+) -> Generator[GrugLmExample, None, None]:
     """Yields the batches of `start_step`, `start_step + 1`, ... without end, on the devices before they are asked for.
 
     One thread keeps the loader's `prefetch` batches ready. It ends when the generator is closed or dropped. What goes
     wrong in it is raised here, at the step that it concerns.
+
+    Args:
+        loader: which batches.
+        start_step: the first step.
+        interrupted: asked about every second while a batch is late; if it says so, the generator ends.
     """
     requests: SimpleQueue[tuple[int, Future[GrugLmExample]] | None] = SimpleQueue()
     ahead: deque[tuple[int, Future[GrugLmExample]]] = deque()
@@ -278,8 +285,14 @@ def iter_from_step(loader: DataLoader[GrugLmExample], start_step: int) -> Genera
                 ahead.append((next(steps), Future()))
                 requests.put(ahead[-1])
             step, batch = ahead.popleft()
-            while not wait([batch], timeout=_SLOW_SECONDS).done:
-                logger.warning("still waiting for the batch of step %d after %d s more", step, _SLOW_SECONDS)
+            waited, pause = 0.0, min(1.0, _SLOW_SECONDS)
+            while not wait([batch], timeout=pause).done:
+                waited += pause
+                if interrupted():
+                    return
+                if waited >= _SLOW_SECONDS:
+                    logger.warning("still waiting for the batch of step %d after %d s more", step, _SLOW_SECONDS)
+                    waited = 0.0
             yield batch.result()
     finally:
         for _, batch in ahead:

@@ -1,4 +1,6 @@
-"""The training loop. The order of work, which everything else relies on:
+"""The training loop.
+
+The order of work, which everything else relies on:
 
 1. at the boundary before step `t`: save if due, evaluate if due, stop if asked to (and before any of these, read what
    is pending);
@@ -21,17 +23,16 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
-from grug_native.checkpoint_metadata import RunIdentity
-from grug_native.config import COSMETIC_FIELDS, config_to_dict, save_config
+from grug_native.checkpoint import GrugCheckpointer
+from grug_native.config import config_to_dict, save_config
 from grug_native.data import iter_from_step, mixture_metrics
 from grug_native.faults import fault_point
 from grug_native.parts import RunParts
 from grug_native.progress import ProgressLine
 from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.saving import open_checkpointer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
-from grug_native.token_cache import tokenizer_digest
 from grug_native.tracker import RunTracker, build_trackers
 from grug_native.train import StepMetrics, train_step
 
@@ -45,6 +46,13 @@ class NonFiniteError(RuntimeError):
     """A loss, gradient, update or parameter is not finite; nothing of it was saved."""
 
 
+class EvaluationError(RuntimeError):
+    """The training ended well, and an evaluation on the way did not."""
+
+
+_SHOWN = ("eval/loss", "eval/bpb_exact", "eval/ema/loss", "eval/ema/bpb_exact")
+
+
 def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
     """Runs the loop; see `GrugRunner.fit`."""
     started = _process_age()
@@ -54,7 +62,7 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(jax.set_mesh(parts.mesh))
-        checkpointer = stack.enter_context(_checkpointer(parts))
+        checkpointer = stack.enter_context(open_checkpointer(parts))
         checkpointer.preflight(parts.state_shape)
         restored = checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)
         state, start = restored.state, 0 if restored.metadata is None else restored.metadata.step
@@ -65,25 +73,40 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
         tracker.log_hyperparameters(config_to_dict(config))
         progress = ProgressLine(trainer.num_train_steps, start_step=start)
         stack.callback(progress.close)
-        log = _StepLog(parts, tracker, progress, checkpointer, skipped=0)
-        batches = iter_from_step(parts.loader, start)
+        log = _StepLog(parts, tracker, progress, checkpointer)
+        failed_evaluations, eval_started = 0, time.perf_counter()
+        if parts.tagged is not None:
+            parts.tagged.check_one_batch(state.params)
+        eval_seconds = time.perf_counter() - eval_started
+        batches = iter_from_step(parts.loader, start, interrupted=lambda: stop.exit_code is not None)
         stack.callback(batches.close)
-        for step in range(start, last + 1):
+        step = start
+        while True:
             checkpointer.check()
             stopping = stop.should_stop(step) or step == last
             kind = checkpointer.due(step) if step > start else None
-            if stopping or kind is not None:
+            evaluating = config.eval.is_due(step, trainer.num_train_steps)
+            if stopping or kind is not None or evaluating:
                 log.flush()
-                if step == trainer.num_train_steps or kind == "permanent":
-                    checkpointer.save_step_checkpoint(state, step=step, data_offset=trainer.sequences_before(step))
-                else:
-                    checkpointer.save_temporary_checkpoint(state, step=step, data_offset=trainer.sequences_before(step))
+            if stopping or kind is not None:
+                save = step == trainer.num_train_steps or kind == "permanent"
+                (checkpointer.save_step_checkpoint if save else checkpointer.save_temporary_checkpoint)(
+                    state, step=step, data_offset=trainer.sequences_before(step)
+                )
+            if evaluating and stop.exit_code is None:
+                eval_started = time.perf_counter()
+                failed_evaluations += not _evaluate(parts, tracker, state, step)
+                eval_seconds += time.perf_counter() - eval_started
             if stopping:
                 break
+            if kind is not None or evaluating:
+                log.restart_clock()
             fault_point("data", step)
             waiting_since = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches, None)
             loading_time = time.perf_counter() - waiting_since
+            if batch is None:  # told to stop while the data were late
+                continue
             if fault_point("step", step) == "nan":
                 batch = dataclasses.replace(batch, loss_weight=batch.loss_weight * jnp.nan)
             dispatched = time.perf_counter()
@@ -91,38 +114,38 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
             log.push(step, metrics, loading_time)
             if step == start:
                 log.flush()
-                compile_time = time.perf_counter() - dispatched
-                total = _process_age()
-                logger.info(
-                    "first step after %.1f s: import %.1f, data %.1f, compile %.1f",
-                    total,
-                    started,
-                    total - started - compile_time,
-                    compile_time,
-                )
+                _report_start(started, evaluating=eval_seconds, compiling=time.perf_counter() - dispatched)
                 # What is alive now stays: scanning it again and again would stall the loop.
                 gc.freeze()
                 stack.callback(gc.unfreeze)
+            step += 1
+    if failed_evaluations:
+        raise EvaluationError(
+            f"training is done, but {failed_evaluations} evaluation(s) failed; the log above has each"
+        )
     if stop.exit_code is not None and not hasattr(sys, "ps1"):
         raise SystemExit(stop.exit_code)
     return state
 
 
-def _checkpointer(parts: RunParts) -> GrugCheckpointer:
-    config = parts.config
-    identity = RunIdentity(
-        run_id=config.run_id,
-        config=config_to_dict(config),
-        data_fingerprint=parts.data_fingerprint,
-        tokenizer_digest=tokenizer_digest(config.data),
-        mesh=dict(parts.mesh.shape),
-        cosmetic=COSMETIC_FIELDS,
-    )
-    policy = CheckpointPolicy(
-        steps_per_checkpoint=config.trainer.steps_per_checkpoint,
-        minutes_per_temporary_checkpoint=config.trainer.minutes_per_temporary_checkpoint,
-    )
-    return GrugCheckpointer(local_path(config.output_path), identity, policy)
+def _evaluate(parts: RunParts, tracker: RunTracker, state: GrugTrainState, step: int) -> bool:
+    """Evaluates and logs; an evaluation that fails is no reason to lose the run, so it is told and counted."""
+    try:
+        fault_point("eval", step)
+        metrics = {} if parts.evaluation is None else parts.evaluation(state)
+    except Exception:
+        logger.exception("the evaluation after %d steps failed; training goes on", step)
+        return False
+    if metrics:
+        tracker.log(metrics, step=step)
+        logger.info("step %d: held-out %s", step, ", ".join(f"{k} {metrics[k]:.4f}" for k in _SHOWN if k in metrics))
+    return True
+
+
+def _report_start(imported: float, *, evaluating: float, compiling: float) -> None:
+    total = _process_age()
+    parts = (imported, total - imported - evaluating - compiling, evaluating, compiling)
+    logger.info("first step after %.1f s: import %.1f, data %.1f, evaluation %.1f, compile %.1f", total, *parts)
 
 
 @final
@@ -135,14 +158,12 @@ class _StepLog:
         tracker: RunTracker,
         progress: ProgressLine,
         checkpointer: GrugCheckpointer,
-        *,
-        skipped: int,
     ):
         self._parts = parts
         self._tracker = tracker
         self._progress = progress
         self._checkpointer = checkpointer
-        self._skipped = skipped
+        self._skipped = 0
         self._pending: tuple[int, StepMetrics, float, float | None] | None = None
         self._last_done = time.perf_counter()
 
@@ -195,13 +216,17 @@ class _StepLog:
             tokens_per_second=throughput["throughput/tokens_per_second"],
         )
 
+    def restart_clock(self) -> None:
+        """Keeps what happened between two steps, a save or an evaluation, out of the next step's duration."""
+        self._last_done = time.perf_counter()
+
     def _guard(self, step: int, metrics: StepMetrics) -> None:
         trainer = self._parts.config.trainer
         self._skipped += 1
         first, end = trainer.sequences_before(step), trainer.sequences_before(step + 1)
         what = (
             f"step {step} is not finite: loss {metrics.loss}, gradient norm {metrics.grad_norm}, update norm "
-            f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch holds the sequences {first} to {end - 1}"
+            f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch is the sequences {first} to {end - 1}"
         )
         if trainer.nonfinite == "skip" and self._skipped <= trainer.max_skipped_steps:
             logger.warning("%s; skipped (%d of at most %d)", what, self._skipped, trainer.max_skipped_steps)

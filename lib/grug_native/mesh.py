@@ -4,11 +4,13 @@ Three axes: `replica_dcn` (whole replicas, one per slice), `data` (batch, and th
 (tensor parallelism). Axes of size 1 stay in the mesh, so that a `PartitionSpec` can always name them.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax import Device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, reshard
 from jaxtyping import Array
 
@@ -42,17 +44,28 @@ class MeshAxes:
         if num_devices % fixed != 0 or (-1 not in sizes and fixed != num_devices):
             raise ValueError(
                 f"a mesh of replica_dcn={self.replica_dcn}, data={self.data}, model={self.model} does not fit "
-                f"{num_devices} device(s): the sizes must multiply to {num_devices}; set one of them to -1 to let it fill up"
+                f"{num_devices} device(s): the sizes must multiply to that; set one of them to -1 to let it fill up"
             )
         replica_dcn, data, model = (num_devices // fixed if size == -1 else size for size in sizes)
         return replica_dcn, data, model
+
+
+def use_cpu_devices(count: int) -> None:
+    """Splits the CPU into so many devices; call it before anything touches a device.
+
+    In a collective each device blocks a thread of XLA's pool, which has one per core or device: a fetch of the next
+    batch then finds none and all wait for ever. So the pool is made larger too, by the variable that XLA reads.
+    """
+    jax.config.update("jax_num_cpu_devices", count)
+    if count > 1:
+        os.environ.setdefault("NPROC", str(4 * count))
 
 
 def create_mesh(
     global_batch_size: int | Sequence[int],
     axes: MeshAxes = MeshAxes(),
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh:
     """Makes the explicit-axis mesh of a run.
 

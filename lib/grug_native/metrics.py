@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
+from jax import Device
 
 from grug_native.model import GrugModelConfig, Transformer
 
@@ -48,7 +49,7 @@ def flops_per_token(config: GrugModelConfig, seq_len: int) -> FlopsPerToken:
     return FlopsPerToken(full=6.0 * matrices + 12.0 * scores, causal=6.0 * matrices + 6.0 * scores)
 
 
-def peak_device_flops(device: jax.Device) -> float | None:
+def peak_device_flops(device: Device) -> float | None:
     """The maker's dense bf16 operations per second of a device, None where nobody publishes them (a CPU)."""
     from fray.device_flops import device_flops_for_jax_device
 

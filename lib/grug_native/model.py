@@ -5,6 +5,7 @@ the layers, whether the layers are then scanned or unrolled, so both run the sam
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -85,9 +86,8 @@ class GrugModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith(("_size", "_dim", "_layers", "_heads", "_len")) and field.type in (int, int | None):
-                if value is not None and value <= 0:
-                    raise ValueError(f"model.{field.name}={value} must be positive")
+            if field.type in (int, int | None) and value is not None and value <= 0:
+                raise ValueError(f"model.{field.name}={value} must be positive")
         if self.head_dim is None and self.hidden_dim % self.num_heads != 0:
             raise ValueError(
                 f"model.hidden_dim={self.hidden_dim} is not divisible by model.num_heads={self.num_heads}: "
@@ -167,6 +167,7 @@ class RMSNorm(eqx.Module):
     weight: Float[Array, " D"]
 
     def __call__(self, x: Float[Array, "B S D"], *, eps: float) -> Float[Array, "B S D"]:
+        """Normalises each position; `eps` is added to the mean square."""
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
         return (x32 * scale * self.weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
@@ -187,6 +188,7 @@ class Attention(eqx.Module):
         mask: AttentionMask,
         config: GrugModelConfig,
     ) -> Float[Array, "B S D"]:
+        """Mixes positions as `mask` allows; `rope` is `rotary_tables` of the sequence length."""
         wq, wk, wv = (constrain(w, None, "model") for w in (self.wq, self.wk, self.wv))
         q = apply_rotary(_split_heads(x @ wq, config.features_per_head), *rope)
         k = apply_rotary(_split_heads(x @ wk, config.features_per_head), *rope)
@@ -208,6 +210,7 @@ class MLP(eqx.Module):
     down: Float[Array, "F D"]
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Transforms each position on its own."""
         gate, up = constrain(self.gate, None, "model"), constrain(self.up, None, "model")
         return _project_back(jax.nn.silu(x @ gate) * (x @ up), constrain(self.down, "model", None))
 
@@ -236,9 +239,7 @@ class Block(eqx.Module):
                 wo=_normal(o, (heads, d), std),
             ),
             mlp_norm=RMSNorm(jnp.ones(d)),
-            mlp=MLP(
-                gate=_normal(gate, (d, f), std), up=_normal(up, (d, f), std), down=_normal(down, (f, d), std)
-            ),
+            mlp=MLP(gate=_normal(gate, (d, f), std), up=_normal(up, (d, f), std), down=_normal(down, (f, d), std)),
         )
 
     def __call__(
@@ -248,6 +249,7 @@ class Block(eqx.Module):
         mask: AttentionMask,
         config: GrugModelConfig,
     ) -> Float[Array, "B S D"]:
+        """The residual stream after the layer."""
         x = x + self.attn(self.attn_norm(x, eps=config.layer_norm_eps), rope, mask, config)
         return x + self.mlp(self.mlp_norm(x, eps=config.layer_norm_eps))
 
@@ -284,7 +286,9 @@ class Transformer(eqx.Module):
         """
         config = self.config
         if tokens.shape[1] > config.max_seq_len:
-            raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}")
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}"
+            )
         table = constrain(self.embed, None, None)
         x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
         rope = rotary_tables(config, tokens.shape[1])
@@ -361,7 +365,7 @@ def unstack(blocks: Block, num_layers: int) -> list[Block]:
     return [jax.tree.unflatten(treedef, [piece[i][0] for piece in pieces]) for i in range(num_layers)]
 
 
-def _rematerialised[F](apply: F, remat: RematName) -> F:
+def _rematerialised[**P, T](apply: Callable[P, T], remat: RematName) -> Callable[P, T]:
     if remat == "none":
         return apply
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

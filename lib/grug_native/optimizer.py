@@ -97,7 +97,8 @@ class GrugOptimizerConfig:
         """
         peak = self.learning_rate if peak is None else peak
         warmup = _steps(self.warmup, num_train_steps)
-        decay = {"constant": 0, "wsd": _steps(self.decay, num_train_steps)}.get(self.schedule, num_train_steps - warmup)
+        rest = max(num_train_steps - warmup, 0)
+        decay = {"constant": 0, "wsd": _steps(self.decay, num_train_steps)}.get(self.schedule, rest)
         if warmup + decay > num_train_steps:
             raise ValueError(
                 f"optimizer.warmup={self.warmup} and optimizer.decay={self.decay} take {warmup} + {decay} steps, "
@@ -159,7 +160,7 @@ class GrugOptimizer(eqx.Module):
     config: GrugOptimizerConfig = eqx.field(static=True)
     num_train_steps: int = eqx.field(static=True)
 
-    def init[Params: PyTree](self, params: Params) -> optax.OptState:
+    def init(self, params: PyTree) -> optax.OptState:
         """Optimizer state for `params`, laid out like them."""
         return self.config.build(self.num_train_steps).init(params)
 
@@ -180,7 +181,7 @@ class GrugOptimizer(eqx.Module):
         )
         return jnp.asarray(schedule(step), jnp.float32)
 
-    def routing[Params: PyTree](self, params: Params) -> tuple[Route, ...]:
+    def routing(self, params: PyTree) -> tuple[Route, ...]:
         """Which parameter is updated how.
 
         Args:
@@ -198,7 +199,7 @@ class GrugOptimizer(eqx.Module):
         return _table(params, groups, decayed)
 
 
-def decay_mask[Params: PyTree](params: Params) -> Params:
+def decay_mask(params: PyTree) -> PyTree:
     """True for what weight decay applies to: matrices and the head, but not embeddings and norms."""
     return jax.tree.map_with_path(lambda path, _: parameter_kind(path) in ("matrix", "head"), params)
 
@@ -254,7 +255,7 @@ def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
         nesterov = optax.tree.update_moment(updates, mean, momentum, 1)
         return jax.tree.map(direction, nesterov), ScaleByMuonState(mean)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]  # optax types states as Any
+    return optax.GradientTransformation(init, update)
 
 
 def _layer_axes(num_layers: int) -> tuple[str | None]:
@@ -263,7 +264,7 @@ def _layer_axes(num_layers: int) -> tuple[str | None]:
     return ("data",) if explicit and num_layers % mesh.shape["data"] == 0 else (None,)
 
 
-def _muon_groups[Params: PyTree](params: Params) -> Params:
+def _muon_groups(params: PyTree) -> PyTree:
     return jax.tree.map_with_path(lambda path, _: "muon" if parameter_kind(path) == "matrix" else "adamw", params)
 
 
@@ -271,7 +272,7 @@ def _steps(count_or_fraction: int | float, total: int) -> int:
     return int(count_or_fraction * total) if 0 < count_or_fraction < 1 else int(count_or_fraction)
 
 
-def _table[Params: PyTree](params: Params, groups: PyTree, decayed: PyTree) -> tuple[Route, ...]:
+def _table(params: PyTree, groups: PyTree, decayed: PyTree) -> tuple[Route, ...]:
     leaves = jax.tree.leaves_with_path(params)
     return tuple(
         Route(jax.tree_util.keystr(path), leaf.shape, group, decay)

@@ -1,5 +1,6 @@
 """The parts of a run that are heavy, each made on first use and then shared: mesh, data, state, fingerprints."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from levanter.data.mixture import MixtureDataset
     from levanter.data.text.examples import GrugLmExample
     from levanter.schedule import BatchSchedule
+
+    from grug_native.eval_hooks import TaggedEval
 
 
 @final
@@ -48,8 +51,8 @@ class RunParts:
         ):
             if size % mesh.shape[axis] != 0:
                 raise ValueError(
-                    f"model.{name}={size} does not divide over the {mesh.shape[axis]} devices of the mesh axis {axis!r}: "
-                    f"choose a multiple, or another trainer.mesh.{axis}"
+                    f"model.{name}={size} does not divide over the {mesh.shape[axis]} devices of the mesh axis "
+                    f"{axis!r}: choose a multiple, or another trainer.mesh.{axis}"
                 )
         return mesh
 
@@ -142,6 +145,42 @@ class RunParts:
         from grug_native.token_cache import data_fingerprint
 
         return canonical_hash(data_fingerprint(self.config.data))
+
+    @cached_property
+    def evaluation(self) -> Callable[[GrugTrainState], dict[str, float]] | None:
+        """Evaluates a state on the validation sets; None where the data have none.
+
+        Raises:
+            ValueError: if the evaluation cannot be what the config says.
+        """
+        from grug_native.eval_hooks import build_tagged_eval_callback
+
+        return None if self.tagged is None else build_tagged_eval_callback(self.tagged, self.config.eval)
+
+    @cached_property
+    def tagged(self) -> "TaggedEval | None":
+        """The tagged evaluation over the validation sets; None where the data have none."""
+        from grug_native.eval_hooks import build_eval_sets, build_tagged_evaluator
+
+        config = self.config
+        sets = build_eval_sets(config.data, config.seq_len, config.model.vocab_size)
+        if not sets:
+            return None
+        return build_tagged_evaluator(
+            sets,
+            batch_size=self.eval_batch_size,
+            mesh=self.mesh,
+            vocab_size=config.model.vocab_size,
+            tokenizer=config.data.the_tokenizer if config.eval.compute_bpb else None,
+            max_batches=config.eval.max_eval_batches,
+            compute_dtype=self.step_config.compute_dtype,
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences of an evaluation batch over all devices."""
+        size = self.config.eval.eval_batch_size
+        return self.config.trainer.batch_size_at(0) if size is None else size
 
     @cached_property
     def throughput(self) -> Throughput:

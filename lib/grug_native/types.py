@@ -34,13 +34,19 @@ class AttentionMask(Protocol):
     """
 
     @property
-    def is_causal(self) -> bool: ...
+    def is_causal(self) -> bool:
+        """Whether later positions are hidden."""
+        ...
 
     @property
-    def segment_ids(self) -> tuple[Array, Array] | None: ...
+    def segment_ids(self) -> tuple[Array, Array] | None:
+        """Documents of queries and keys, each (B, S); None where all is one document."""
+        ...
 
     @property
-    def sliding_window(self) -> int | None: ...
+    def sliding_window(self) -> int | None:
+        """Positions that a query sees, itself included; None for all."""
+        ...
 
 
 @runtime_checkable
@@ -52,10 +58,16 @@ class LmBatch(Protocol):
     """
 
     @property
-    def tokens(self) -> Array: ...
+    def tokens(self) -> Array:
+        """Token ids, Int (B, S)."""
+        ...
 
     @property
-    def loss_weight(self) -> Array: ...
+    def loss_weight(self) -> Array:
+        """Weights of the predictions, Float (B, S)."""
+        ...
 
     @property
-    def attn_mask(self) -> AttentionMask: ...
+    def attn_mask(self) -> AttentionMask:
+        """Who may attend to whom."""
+        ...

@@ -1,0 +1,159 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from levanter.optim.config import OptimizerConfig
+from levanter.schedule import BatchSchedule, ScheduleStep
+from levanter.tracker.tracker import NoopConfig
+
+from grug_native.config import (
+    COSMETIC_FIELDS,
+    GrugTrainerConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    save_config,
+)
+from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+from grug_native.mesh import MeshAxes
+from grug_native.optimizer import GrugOptimizerConfig
+from tests.fixtures_run import SMALL_MODEL, MakeRun, without_runtime_types
+
+
+def test_yaml_round_trips(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(
+        trainer={
+            "train_batch_size": ((0, 4), (3, 8)),
+            "mesh": MeshAxes(model=2),
+            "trackers": (NoopConfig(),),
+            "ema_beta": 0.9,
+        },
+        optimizer={"kind": "muon", "warmup": 0.25, "max_grad_norm": None},
+        eval=GrugEvalConfig(steps_per_eval=3, harness=GrugHarnessConfig(tasks=("piqa", {"task": "mine"}), limit=3)),
+    )
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert config_to_dict(again) == config_to_dict(config)
+
+
+def test_levanters_optimizers_round_trip(make_run: MakeRun) -> None:
+    lion = OptimizerConfig.get_choice_class("lion")(learning_rate=0.5)
+    config = replace(make_run(), optimizer=GrugOptimizerConfig(kind="levanter", levanter=lion))
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_defaults_need_not_be_written(make_run: MakeRun) -> None:
+    raw = config_to_dict(make_run())
+    model = {name: raw["model"][name] for name in ("vocab_size", "hidden_dim", "intermediate_dim", "max_seq_len")}
+    model |= {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    trainer = {"num_train_steps": 8, "train_batch_size": 4}
+    optimizer = {"learning_rate": 1e-2, "warmup": 2}
+    short = {"model": model, "data": raw["data"], "trainer": trainer, "optimizer": optimizer}
+    assert config_from_dict(short | {"output_path": raw["output_path"]}) == make_run()
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("modle", "model"),
+        ("model.hiden_dim", "hidden_dim"),
+        ("model.rope.tetha", "theta"),
+        ("trainer.num_steps", "num_train_steps"),
+        ("trainer.mesh.dta", "data"),
+        ("optimizer.learning_rte", "learning_rate"),
+        ("eval.step_per_eval", "steps_per_eval"),
+        ("data.tokenzer", "tokenizer"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(make_run: MakeRun, path: str, nearest: str) -> None:
+    raw = config_to_dict(make_run())
+    *parents, key = path.split(".")
+    section: dict[str, Any] = raw
+    for parent in parents:
+        section = section[parent]
+    section[key] = 1
+    with pytest.raises(ValueError) as error:
+        config_from_dict(raw)
+    assert str(error.value) == f"unknown config key {path}: did you mean {nearest}?"
+
+
+def test_a_key_like_no_other_is_answered_with_all(make_run: MakeRun) -> None:
+    with pytest.raises(ValueError, match="unknown config key xyzzy: the keys here are model, data, optimizer"):
+        config_from_dict(config_to_dict(make_run()) | {"xyzzy": 1})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("trainer", "num_train_steps", "many", ["num_train_steps", "many"]),
+        ("model", "attention", "flash", ["attention", "flash"]),
+        ("trainer", "num_train_steps", 0, ["num_train_steps=0", "positive"]),
+        ("trainer", "num_train_steps", -5, ["num_train_steps=-5", "positive"]),
+        ("trainer", "train_batch_size", 0, ["train_batch_size=0", "positive"]),
+        ("trainer", "train_batch_size", [[1, 4]], ["train_batch_size", "the first at step 0"]),
+        ("trainer", "train_batch_size", [[0, 4], [0, 8]], ["each later than the one before"]),
+        ("trainer", "log_every", 0, ["log_every=0"]),
+        ("trainer", "ema_beta", 1.0, ["ema_beta=1.0", "[0, 1)"]),
+        ("trainer", "z_loss_weight", -1.0, ["z_loss_weight=-1.0"]),
+        ("trainer", "train_seq_len", 1, ["train_seq_len=1", "at least 2"]),
+        ("trainer", "train_seq_len", 64, ["train_seq_len=64", "max_seq_len=32"]),
+        ("trainer", "run_id", "../up", ["run_id='../up'"]),
+        ("trainer", "max_skipped_steps", -1, ["max_skipped_steps=-1"]),
+        ("eval", "steps_per_eval", 0, ["steps_per_eval=0"]),
+    ],
+)
+def test_bad_values_are_refused(make_run: MakeRun, section: str, key: str, value: Any, words: list[str]) -> None:
+    raw = config_to_dict(make_run())
+    raw[section][key] = value
+    with without_runtime_types(), pytest.raises(ValueError) as error:
+        config_from_dict(raw)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_an_output_path_that_is_a_file_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(ValueError, match=r"output_path=.*taken.*must be a folder"):
+        make_run(name="taken")
+
+
+def test_a_file_without_sections_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("- just\n- a list\n")
+    with pytest.raises(ValueError, match="holds no mapping"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_yaml_is_loaded_safely(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(yaml.YAMLError):
+        load_config(tmp_path / "config.yaml")
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 60))
+def test_batch_stages_count_as_levanters_do(stages: list[tuple[int, int]], step: int) -> None:
+    starts = [sum(length for length, _ in stages[:i]) for i in range(len(stages))]
+    schedule = tuple((start, size) for start, (_, size) in zip(starts, stages, strict=True))
+    ours = GrugTrainerConfig(num_train_steps=1, train_batch_size=schedule)
+    theirs = BatchSchedule([ScheduleStep(start, size) for start, size in schedule])
+    assert ours.batch_size_at(step) == theirs.batch_size_at_step(step)
+    assert ours.sequences_before(step) == theirs.global_data_offset_by_step(step)
+
+
+def test_cosmetic_fields_exist(make_run: MakeRun) -> None:
+    raw = config_to_dict(make_run())
+    for path in COSMETIC_FIELDS:
+        section: Any = raw
+        for key in path.split("."):
+            section = section[key]
+
+
+def test_a_config_is_named_after_its_folder(make_run: MakeRun) -> None:
+    assert make_run(name="first").run_id == "first"
+    assert make_run(trainer={"run_id": "other"}).run_id == "other"
+    assert make_run().seq_len == SMALL_MODEL.max_seq_len
+    assert make_run(trainer={"train_seq_len": 16}).seq_len == 16

@@ -1,0 +1,132 @@
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from levanter.data.text.examples import GrugLmExample
+
+from grug_native import train as train_module
+from grug_native.loss import next_token_loss
+from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.model import Transformer
+from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.state import GrugTrainState, init_train_state
+from grug_native.train import GrugStepConfig, StepMetrics, train_step
+from grug_native.types import LmBatch, Scalar
+from tests.fixtures_run import SMALL_MODEL, make_batch
+
+OPTIMIZER = GrugOptimizer(GrugOptimizerConfig(learning_rate=0.01, warmup=0, epsilon=1e-3), 10)
+
+
+def init(*, ema: bool = False) -> GrugTrainState:
+    return init_train_state(SMALL_MODEL, OPTIMIZER, key=jax.random.key(0), ema=ema)
+
+
+def run(steps: int, config: GrugStepConfig = GrugStepConfig()) -> tuple[GrugTrainState, list[StepMetrics]]:
+    state, metrics = init(ema=config.ema_beta is not None), []
+    for step in range(steps):
+        state, reported = train_step(OPTIMIZER, state, make_batch(step), config=config)
+        metrics.append(reported)
+    return state, metrics
+
+
+def test_golden_numbers() -> None:
+    """If these move, the mathematics of a step has changed: say so in the change that updates them."""
+    state, metrics = run(3, GrugStepConfig(ema_beta=0.9, z_loss_weight=1e-4))
+    golden = [5.70993, 5.71922, 5.72773]
+    np.testing.assert_allclose([m.loss for m in metrics], golden, atol=1e-4)
+    assert [int(m.batch_digest) for m in metrics] == [200358857, 1733147536, 3715804951]
+    assert int(state.step) == 3
+
+
+def test_a_step_is_gradient_update_and_norms() -> None:
+    start, batch = init(), make_batch()
+    loss, grads = jax.value_and_grad(lambda p: next_token_loss(p, batch))(start.params)
+    updates, _ = OPTIMIZER.update(grads, start.opt_state, start.params)
+    params = optax.apply_updates(start.params, updates)
+    state, metrics = train_step(OPTIMIZER, start, batch)
+    np.testing.assert_allclose(state.params.lm_head, params.lm_head, atol=1e-6)
+    expected = (loss, optax.global_norm(grads), optax.global_norm(updates), optax.global_norm(params), 0.01, 128)
+    got = (
+        metrics.loss,
+        metrics.grad_norm,
+        metrics.update_norm,
+        metrics.param_norm,
+        metrics.learning_rate,
+        metrics.tokens,
+    )
+    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-4)
+    assert int(state.step) == 1 and not metrics.nonfinite
+
+
+def test_the_average_follows_the_parameters() -> None:
+    first, _ = run(1, GrugStepConfig(ema_beta=0.75))
+    assert first.ema_params is not None
+    expected = 0.75 * init().params.embed + 0.25 * first.params.embed
+    np.testing.assert_allclose(first.ema_params.embed, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_an_average_needs_its_place_in_the_state(ema: bool) -> None:
+    with pytest.raises(ValueError, match="ema_beta"):
+        train_step(OPTIMIZER, init(ema=ema), make_batch(), config=GrugStepConfig(ema_beta=None if ema else 0.9))
+
+
+def test_the_state_is_donated_and_the_batch_is_not() -> None:
+    state, batch = init(), make_batch()
+    train_step(OPTIMIZER, state, batch)
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(state.params.embed)
+    np.asarray(batch.tokens)
+
+
+@pytest.mark.parametrize("axes", [MeshAxes(data=4), MeshAxes(replica_dcn=2, data=1, model=2)])
+def test_a_mesh_changes_nothing_but_rounding(axes: MeshAxes) -> None:
+    _, alone = run(2)
+    with jax.set_mesh(create_mesh(4, axes)):
+        _, metrics = run(2)
+    np.testing.assert_allclose([m.loss for m in metrics], [m.loss for m in alone], rtol=1e-5)
+    assert [int(m.batch_digest) for m in metrics] == [int(m.batch_digest) for m in alone]
+
+
+def poisoned() -> GrugLmExample:
+    batch = make_batch()
+    return replace(batch, loss_weight=batch.loss_weight * jnp.nan)
+
+
+def test_what_is_not_finite_is_told() -> None:
+    state, metrics = train_step(OPTIMIZER, init(), poisoned())
+    assert bool(metrics.nonfinite)
+    assert not jnp.isfinite(state.params.embed).all()
+
+
+def test_skipping_leaves_the_state_but_for_its_step() -> None:
+    config = GrugStepConfig(skip_nonfinite=True, ema_beta=0.5)
+    before, _ = run(1, config)
+    kept = jax.tree.map(np.asarray, (before.params, before.opt_state, before.ema_params))
+    state, metrics = train_step(OPTIMIZER, before, poisoned(), config=config)
+    assert bool(metrics.nonfinite) and int(state.step) == 2
+    after = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(kept[:2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert state.ema_params is not None and bool(jnp.isfinite(state.ema_params.embed).all())
+
+
+def test_one_executable_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[int] = []
+
+    def counted(params: Transformer, batch: LmBatch, **options: Any) -> Scalar:
+        traces.append(batch.tokens.shape[1])
+        return next_token_loss(params, batch, **options)
+
+    monkeypatch.setattr(train_module, "next_token_loss", counted)
+    state = init()
+    for step in range(4):
+        # A new, equal optimizer and config are no new static arguments; only a new batch shape is.
+        again = GrugOptimizer(replace(OPTIMIZER.config), 10)
+        batch = make_batch(step, seq_len=16 if step < 3 else 24)
+        state, _ = train_step(again, state, batch, config=GrugStepConfig())
+    assert traces == [16, 24]
