@@ -103,4 +103,5 @@ def attention(
     from levanter.grug import attention as levanter_attention
 
     grug_mask = cast(levanter_attention.AttentionMask, mask)
-    return levanter_attention.attention(q, k, v, grug_mask, implementation=name)
+    kernel = cast(levanter_attention.GrugAttentionImplementation, name)
+    return levanter_attention.attention(q, k, v, grug_mask, implementation=kernel)

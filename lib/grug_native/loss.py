@@ -111,7 +111,8 @@ def next_token_loss(
             weight: Float[Array, "B S"],
         ) -> Float[Array, " shards"]:
             blocks = _flatten(hidden, labels, weight)
-            return _blockwise_total(z_loss_weight, *blocks, _varying_like(head, hidden))[None]
+            total: Array = _blockwise_total(z_loss_weight, *blocks, _varying_like(head, hidden))
+            return total[None]
 
         total = jnp.sum(_per_shard(local, hidden, model.lm_head, labels, weight))
     weights = jnp.sum(weight)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax import Device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, reshard
 from jaxtyping import Array
+
+from grug_native.types import Device
 
 BATCH_AXES = ("replica_dcn", "data")
 """The mesh axes over which the batch is split."""

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-from jax import Device
 
 from grug_native.model import GrugModelConfig, Transformer
+from grug_native.types import Device
 
 
 def abstract_parameters(config: GrugModelConfig) -> Transformer:

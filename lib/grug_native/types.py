@@ -15,9 +15,15 @@
 | `T` | flattened tokens, `B * S` |
 """
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from jaxlib._jax import Device as Device
+else:  # jax gives the class as a variable, which a type checker does not take for a type.
+    Device = jax.Device
 
 type Scalar = Float[Array, ""]
 type Tokens = Int[Array, "B S"]
