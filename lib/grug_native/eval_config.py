@@ -55,9 +55,13 @@ class GrugEvalConfig:
     """Bits per byte beside the loss."""
     harness: GrugHarnessConfig | None = None
     """Tasks of lm-eval; None runs none, and imports nothing of it."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues at each evaluation, into `samples.md`."""
+    sample_tokens: int = 64
+    """Tokens of each such continuation."""
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_eval", "eval_batch_size", "max_eval_batches"):
+        for name in ("steps_per_eval", "eval_batch_size", "max_eval_batches", "sample_tokens"):
             _check_positive(f"eval.{name}", getattr(self, name))
         if not self.eval_current and not self.eval_ema:
             raise ValueError("eval.eval_current and eval.eval_ema are both false: there is nothing to evaluate")

@@ -26,6 +26,7 @@ import psutil
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.config import config_to_dict, save_config
 from grug_native.data import iter_from_step, mixture_metrics
+from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
 from grug_native.parts import RunParts
 from grug_native.progress import ProgressLine
@@ -50,9 +51,6 @@ class EvaluationError(RuntimeError):
     """The training ended well, and an evaluation on the way did not."""
 
 
-_SHOWN = ("eval/loss", "eval/bpb_exact", "eval/ema/loss", "eval/ema/bpb_exact")
-
-
 def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
     """Runs the loop; see `GrugRunner.fit`."""
     started = _process_age()
@@ -74,10 +72,8 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
         progress = ProgressLine(trainer.num_train_steps, start_step=start)
         stack.callback(progress.close)
         log = _StepLog(parts, tracker, progress, checkpointer)
-        failed_evaluations, eval_started = 0, time.perf_counter()
-        if parts.tagged is not None:
-            parts.tagged.check_one_batch(state.params)
-        eval_seconds = time.perf_counter() - eval_started
+        evaluations = Evaluations(parts, tracker)
+        evaluations.check(state)
         batches = iter_from_step(parts.loader, start, interrupted=lambda: stop.exit_code is not None)
         stack.callback(batches.close)
         step = start
@@ -85,7 +81,7 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
             checkpointer.check()
             stopping = stop.should_stop(step) or step == last
             kind = checkpointer.due(step) if step > start else None
-            evaluating = config.eval.is_due(step, trainer.num_train_steps)
+            evaluating = evaluations.is_due(step)
             if stopping or kind is not None or evaluating:
                 log.flush()
             if stopping or kind is not None:
@@ -94,9 +90,7 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
                     state, step=step, data_offset=trainer.sequences_before(step)
                 )
             if evaluating and stop.exit_code is None:
-                eval_started = time.perf_counter()
-                failed_evaluations += not _evaluate(parts, tracker, state, step)
-                eval_seconds += time.perf_counter() - eval_started
+                evaluations.run(state, step)
             if stopping:
                 break
             if kind is not None or evaluating:
@@ -114,32 +108,16 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
             log.push(step, metrics, loading_time)
             if step == start:
                 log.flush()
-                _report_start(started, evaluating=eval_seconds, compiling=time.perf_counter() - dispatched)
+                _report_start(started, evaluating=evaluations.seconds, compiling=time.perf_counter() - dispatched)
                 # What is alive now stays: scanning it again and again would stall the loop.
                 gc.freeze()
                 stack.callback(gc.unfreeze)
             step += 1
-    if failed_evaluations:
-        raise EvaluationError(
-            f"training is done, but {failed_evaluations} evaluation(s) failed; the log above has each"
-        )
+    if evaluations.failed:
+        raise EvaluationError(f"the steps are done, but {evaluations.failed} evaluation(s) failed; the log has each")
     if stop.exit_code is not None and not hasattr(sys, "ps1"):
         raise SystemExit(stop.exit_code)
     return state
-
-
-def _evaluate(parts: RunParts, tracker: RunTracker, state: GrugTrainState, step: int) -> bool:
-    """Evaluates and logs; an evaluation that fails is no reason to lose the run, so it is told and counted."""
-    try:
-        fault_point("eval", step)
-        metrics = {} if parts.evaluation is None else parts.evaluation(state)
-    except Exception:
-        logger.exception("the evaluation after %d steps failed; training goes on", step)
-        return False
-    if metrics:
-        tracker.log(metrics, step=step)
-        logger.info("step %d: held-out %s", step, ", ".join(f"{k} {metrics[k]:.4f}" for k in _SHOWN if k in metrics))
-    return True
 
 
 def _report_start(imported: float, *, evaluating: float, compiling: float) -> None:
@@ -170,7 +148,8 @@ class _StepLog:
     def push(self, step: int, metrics: StepMetrics, loading_time: float) -> None:
         """Takes the metrics of a step just dispatched, and logs those of the one before."""
         # XLA:CPU may run a step while it is dispatched; then the step is over by now, and not when it is read.
-        done = time.perf_counter() if metrics.loss.is_ready() else None
+        ready = metrics.loss.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # missing in jax's own types
+        done = time.perf_counter() if ready else None
         self.flush()
         self._pending = (step, metrics, loading_time, done)
 
@@ -226,7 +205,7 @@ class _StepLog:
         first, end = trainer.sequences_before(step), trainer.sequences_before(step + 1)
         what = (
             f"step {step} is not finite: loss {metrics.loss}, gradient norm {metrics.grad_norm}, update norm "
-            f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch is the sequences {first} to {end - 1}"
+            f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch: sequences {first} to {end - 1}"
         )
         if trainer.nonfinite == "skip" and self._skipped <= trainer.max_skipped_steps:
             logger.warning("%s; skipped (%d of at most %d)", what, self._skipped, trainer.max_skipped_steps)

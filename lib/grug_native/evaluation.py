@@ -1,0 +1,168 @@
+"""Evaluation of a run: in its loop, or by hand of a state or a checkpoint."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import jax
+
+from grug_native.eval_config import GrugHarnessConfig
+from grug_native.faults import fault_point
+from grug_native.model import Transformer
+from grug_native.parts import RunParts
+from grug_native.run_folder import local_path
+from grug_native.state import GrugTrainState
+from grug_native.tracker import RunTracker
+
+logger = logging.getLogger(__name__)
+
+HARNESS_FOLDER = "harness"
+"""Where in a run's folder the full reports of its tasks are."""
+
+SAMPLES_FILE = "samples.md"
+"""Where in a run's folder the samples of its evaluations are."""
+
+_SHOWN = ("eval/loss", "eval/bpb_exact", "eval/ema/loss", "eval/ema/bpb_exact")
+
+
+def evaluate_parameters(parts: RunParts, params: Transformer, *, ema: bool = False) -> dict[str, float]:
+    """Evaluates parameters on the validation sets; the metrics' names begin with `eval/`, or `eval/ema/`.
+
+    Raises:
+        ValueError: if there are no validation sets.
+    """
+    if parts.tagged is None:
+        raise ValueError("no component of the data config has a validation split: there is nothing to evaluate on")
+    return parts.tagged.evaluate(params, prefix="eval/ema" if ema else "eval")
+
+
+def harness_parameters(
+    parts: RunParts,
+    params: Transformer,
+    step: int,
+    tasks: Sequence[str | dict[str, Any]] | None = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """Runs tasks of lm-eval on parameters, and writes the full report to `harness/step-N.json`.
+
+    Args:
+        parts: of the run.
+        params: on the run's mesh.
+        step: updates behind them.
+        tasks: names, paths of YAML files, or configs; None takes those of `config.eval.harness`.
+        **settings: other fields of `GrugHarnessConfig`, in place of the run's own.
+
+    Raises:
+        ValueError: if no task is named, there is no such task, or it executes code.
+    """
+    from grug_native.eval_harness import build_harness
+    from grug_native.scoring import Scorer
+
+    run, own = parts.config, parts.config.eval.harness
+    if tasks is not None:
+        settings |= {"tasks": tuple(tasks)}
+    elif own is None:
+        raise ValueError("name the tasks: the run's config has none in eval.harness")
+    config = GrugHarnessConfig(**settings) if own is None else replace(own, **settings)
+    scorer = Scorer(
+        params=params,
+        mesh=parts.mesh,
+        row_length=run.model.max_seq_len,
+        batch_size=parts.eval_batch_size if config.batch_size is None else config.batch_size,
+        compute_dtype=parts.step_config.compute_dtype,
+    )
+    harness = build_harness(config, run.data.the_tokenizer)
+    with jax.set_mesh(parts.mesh):
+        return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
+
+
+@final
+class Evaluations:
+    """What the loop does between steps: held-out sets, tasks and samples, when they are due.
+
+    One that fails is no reason to lose the run: it is logged and counted, and the loop fails at its end.
+    """
+
+    def __init__(self, parts: RunParts, tracker: RunTracker):
+        """Takes the run and where its metrics go; builds nothing."""
+        self._parts = parts
+        self._tracker = tracker
+        self.failed = 0
+        """Evaluations that raised."""
+        self.seconds = 0.0
+        """Time spent so far."""
+
+    def check(self, state: GrugTrainState) -> None:
+        """Evaluates a sequence of each set, and loads the tasks: what cannot work raises now, and not at the end."""
+        started = time.perf_counter()
+        if self._parts.tagged is not None:
+            self._parts.tagged.check_one_batch(state.params)
+        if self._parts.config.eval.harness is not None:
+            from grug_native.eval_harness import build_harness
+
+            build_harness(self._parts.config.eval.harness, self._parts.config.data.the_tokenizer)
+        self.seconds += time.perf_counter() - started
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is anything to do after `step` updates."""
+        return self._eval_is_due(step) or self._harness_is_due(step)
+
+    def run(self, state: GrugTrainState, step: int) -> None:
+        """Does what is due after `step` updates, and logs it."""
+        started = time.perf_counter()
+        if self._eval_is_due(step) and self._parts.evaluation is not None:
+            self._guard("the evaluation", step, lambda: self._evaluate(state, step))
+        if self._eval_is_due(step) and self._parts.config.eval.sample_prompts:
+            self._guard("sampling", step, lambda: self._sample(state, step))
+        if self._harness_is_due(step):
+            self._guard(
+                "the harness", step, lambda: self._log(harness_parameters(self._parts, state.params, step), step)
+            )
+        self.seconds += time.perf_counter() - started
+
+    def _eval_is_due(self, step: int) -> bool:
+        return self._parts.config.eval.is_due(step, self._parts.config.trainer.num_train_steps)
+
+    def _harness_is_due(self, step: int) -> bool:
+        harness = self._parts.config.eval.harness
+        return harness is not None and harness.is_due(step, self._parts.config.trainer.num_train_steps)
+
+    def _guard(self, what: str, step: int, evaluate: Callable[[], None]) -> None:
+        try:
+            evaluate()
+        except Exception:  # whatever it was, it is not the training
+            self.failed += 1
+            logger.exception("%s after %d steps failed; training goes on", what, step)
+
+    def _evaluate(self, state: GrugTrainState, step: int) -> None:
+        fault_point("eval", step, process=jax.process_index())
+        assert self._parts.evaluation is not None
+        metrics = self._parts.evaluation(state)
+        self._log(metrics, step)
+        logger.info("step %d: held-out %s", step, ", ".join(f"{k} {metrics[k]:.4f}" for k in _SHOWN if k in metrics))
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._tracker.log(metrics, step=step)
+
+    def _sample(self, state: GrugTrainState, step: int) -> None:
+        from grug_native.sample import sample
+
+        config = self._parts.config
+        texts = [
+            sample(
+                state.params,
+                config.data.the_tokenizer,
+                prompt,
+                max_new_tokens=config.eval.sample_tokens,
+                seed=step,
+                compute_dtype=self._parts.step_config.compute_dtype,
+            )
+            for prompt in config.eval.sample_prompts
+        ]
+        path, heading = local_path(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"
+        if jax.process_index() != 0 or (path.exists() and heading in path.read_text()):
+            return
+        with path.open("a") as file:
+            file.write(heading + "".join(f"\n```text\n{text}\n```\n" for text in texts) + "\n")

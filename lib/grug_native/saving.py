@@ -1,0 +1,144 @@
+"""A run's checkpoints by hand: what the loop saves and resumes from, for whoever steps through a run or comes later."""
+
+from pathlib import Path
+
+import jax
+
+from grug_native.checkpoint import CHECKPOINTS_FOLDER, CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint_io import load_params, restore_checkpoint
+from grug_native.checkpoint_metadata import (
+    CheckpointMetadata,
+    CheckpointMismatchError,
+    RunIdentity,
+    check_identity,
+    config_differences,
+    read_metadata,
+)
+from grug_native.config import COSMETIC_FIELDS, config_to_dict
+from grug_native.model import Transformer
+from grug_native.parts import RunParts
+from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.state import GrugTrainState
+
+
+def run_identity(parts: RunParts) -> RunIdentity:
+    """What the run is, as far as resuming it is concerned; opens the data."""
+    from grug_native.token_cache import tokenizer_digest
+
+    config = parts.config
+    return RunIdentity(
+        run_id=config.run_id,
+        config=config_to_dict(config),
+        data_fingerprint=parts.data_fingerprint,
+        tokenizer_digest=tokenizer_digest(config.data),
+        mesh=dict(parts.mesh.shape),
+        cosmetic=COSMETIC_FIELDS,
+    )
+
+
+def open_checkpointer(parts: RunParts) -> GrugCheckpointer:
+    """The checkpointer of a run, with the lock of its folder.
+
+    Raises:
+        RunLockedError: another process is writing to the folder.
+    """
+    trainer = parts.config.trainer
+    policy = CheckpointPolicy(
+        steps_per_checkpoint=trainer.steps_per_checkpoint,
+        minutes_per_temporary_checkpoint=trainer.minutes_per_temporary_checkpoint,
+    )
+    return GrugCheckpointer(local_path(parts.config.output_path), run_identity(parts), policy)
+
+
+def save_state(parts: RunParts, state: GrugTrainState) -> Path:
+    """Saves a state for good, and waits until it is committed.
+
+    Returns:
+        The checkpoint's folder. If the run has one of this step already, that one is kept.
+
+    Raises:
+        RunLockedError: another process is writing to the run's folder.
+        CheckpointMismatchError: the checkpoints in the folder are of another run, configuration or data.
+        CheckpointError: the run has newer checkpoints, or the state is not finite.
+    """
+    step = int(state.step)
+    identity, folder = run_identity(parts), checkpoints_folder(parts)
+    for newest in committed_steps(folder)[:1]:
+        check_identity(read_metadata(folder / step_name(newest)), identity)
+    with jax.set_mesh(parts.mesh), open_checkpointer(parts) as checkpointer:
+        checkpointer.save_step_checkpoint(state, step=step, data_offset=parts.config.trainer.sequences_before(step))
+    return folder / step_name(step)
+
+
+def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:
+    """Loads a state; changes nothing on disk, and needs no lock.
+
+    Args:
+        parts: of the run.
+        step: which checkpoint; None takes the newest.
+
+    Raises:
+        ValueError: the run has no such checkpoint.
+        CheckpointMismatchError: it is of another run, configuration, data or model.
+        DamagedCheckpointError: it cannot be read, or is not what was saved.
+    """
+    identity = run_identity(parts)
+    path = find_checkpoint(checkpoints_folder(parts), step)
+
+    def accept(metadata: CheckpointMetadata) -> None:
+        check_identity(metadata, identity)
+
+    with jax.set_mesh(parts.mesh):
+        return restore_checkpoint(path, parts.state_shape, accept=accept).state
+
+
+def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = False) -> tuple[int, Transformer]:
+    """Loads the parameters alone, for use and not for training; the data are not opened.
+
+    Args:
+        parts: of the run.
+        step: which checkpoint; None takes the newest.
+        ema: take the moving average.
+
+    Returns:
+        The updates behind the parameters, and the parameters on the run's mesh.
+
+    Raises:
+        ValueError: the run has no such checkpoint, or keeps no moving average.
+        CheckpointMismatchError: it is of another model.
+        DamagedCheckpointError: it cannot be read, or is not what was saved.
+    """
+    if ema and parts.config.trainer.ema_beta is None:
+        raise ValueError("the run keeps no moving average (trainer.ema_beta is null): take its parameters instead")
+    path = find_checkpoint(checkpoints_folder(parts), step)
+    metadata = read_metadata(path)
+    wanted = {"model": config_to_dict(parts.config)["model"]}
+    if changed := config_differences({"model": metadata.config["model"]}, wanted):
+        changed = [d for d in changed if d.name not in COSMETIC_FIELDS]
+        if changed:
+            raise CheckpointMismatchError(f"{path} is of another model:", changed)
+    with jax.set_mesh(parts.mesh):
+        return metadata.step, load_params(path, parts.state_shape.params, ema=ema)
+
+
+def checkpoints_folder(parts: RunParts) -> Path:
+    """Where the checkpoints of a run are."""
+    return local_path(parts.config.output_path) / CHECKPOINTS_FOLDER
+
+
+def find_checkpoint(folder: Path, step: int | None) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        folder: a run's `checkpoints/`.
+        step: which; None takes the newest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = committed_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder} holds no checkpoint: train the run first, or give the folder of one that has")
+    if step is not None and step not in steps:
+        raise ValueError(f"{folder} holds no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
+    return folder / step_name(steps[0] if step is None else step)

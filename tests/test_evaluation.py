@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+from grug_native.loop import EvaluationError
+from grug_native.runner import GrugRunner
+from grug_native.tracker import read_metrics
+from tests.fixtures_run import MakeRun
+
+
+def pairs_task(folder: Path) -> dict[str, object]:
+    rows = [{"good": f"grug say {word}", "bad": f"{word} say grug"} for word in ("complexity", "demon", "spirit")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "doc_to_choice": "{{[good, bad]}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def test_tasks_and_samples_run_in_the_loop(make_run: MakeRun, tmp_path: Path) -> None:
+    harness = GrugHarnessConfig(tasks=(pairs_task(tmp_path),), steps_per_harness=2)
+    config = make_run(
+        trainer={"num_train_steps": 3},
+        eval=GrugEvalConfig(max_eval_batches=1, harness=harness, sample_prompts=("grug", ""), sample_tokens=4),
+    )
+    GrugRunner(config).fit()
+    folder = Path(config.output_path)
+    rows = {int(row["step"]): row for row in read_metrics(folder / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "lm_eval/pairs/acc" in row] == [0, 2, 3]
+    assert 0 <= float(rows[3]["lm_eval/pairs/acc"]) <= 1
+    assert {path.name for path in (folder / "harness").iterdir()} == {"step-0.json", "step-2.json", "step-3.json"}
+    samples = (folder / "samples.md").read_text()
+    assert [line for line in samples.splitlines() if line.startswith("#")] == ["## Step 0", "## Step 3"]
+    assert samples.count("```text\ngrug") == 2
+    GrugRunner(config).fit()
+    assert (folder / "samples.md").read_text() == samples
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GRUG_FAULT", "raise@eval:2")
+    config = make_run(trainer={"num_train_steps": 3}, eval=GrugEvalConfig(steps_per_eval=1, max_eval_batches=1))
+    with pytest.raises(EvaluationError, match=r"1 evaluation\(s\) failed"):
+        GrugRunner(config).fit()
+    assert "the evaluation after 2 steps failed; training goes on" in caplog.text
+    rows = read_metrics(Path(config.output_path) / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [0, 1, 2]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 1, 3]
+    assert (Path(config.output_path) / "checkpoints" / "step-3").is_dir()
+
+
+def test_tasks_that_cannot_run_stop_the_run_before_its_first_step(make_run: MakeRun, tmp_path: Path) -> None:
+    broken = pairs_task(tmp_path) | {"unsafe_code": True}
+    config = make_run(eval=GrugEvalConfig(max_eval_batches=1, harness=GrugHarnessConfig(tasks=(broken,))))
+    with pytest.raises(ValueError, match="pairs"):
+        GrugRunner(config).fit()
+    assert not read_metrics(Path(config.output_path) / "metrics.jsonl")
