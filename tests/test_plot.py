@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from grug_native.plot import plot_runs, save_plot
+from grug_native.plot import plot_runs, write_picture
 
 type Row = Mapping[str, float | str]
 
@@ -77,7 +77,7 @@ def test_what_was_not_logged_is_said_so(tmp_path: Path) -> None:
 
 def test_the_picture_is_written_whole(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", 100)
-    save_plot([folder], folder / "loss.png")
+    write_picture(plot_runs([folder]), folder / "loss.png")
     assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "metrics.jsonl"]
     picture = imread(folder / "loss.png")
     assert picture.shape[:2] == (880, 1650)

@@ -1,17 +1,23 @@
 """A language-model trainer for JAX that a researcher can hold in one hand: `GrugRunner(config).fit()`."""
 
-from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
-from grug_native.eval_config import GrugEvalConfig
-from grug_native.mesh import MeshAxes, create_mesh
-from grug_native.model import MODEL_PRESETS, GrugModelConfig, GrugRopeConfig, Transformer
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
-from grug_native.runner import GrugRunner, run_grug_native
-from grug_native.state import GrugTrainState, init_train_state
-from grug_native.train import GrugStepConfig, StepMetrics, train_step
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
+    from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+    from grug_native.mesh import MeshAxes, create_mesh
+    from grug_native.model import MODEL_PRESETS, GrugModelConfig, GrugRopeConfig, Transformer
+    from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+    from grug_native.run_plan import RunPlan
+    from grug_native.runner import GrugRunner, run_grug_native
+    from grug_native.state import GrugTrainState, init_train_state
+    from grug_native.train import GrugStepConfig, StepMetrics, train_step
 
 __all__ = [
     "MODEL_PRESETS",
     "GrugEvalConfig",
+    "GrugHarnessConfig",
     "GrugModelConfig",
     "GrugNativeRunConfig",
     "GrugOptimizer",
@@ -22,6 +28,7 @@ __all__ = [
     "GrugTrainState",
     "GrugTrainerConfig",
     "MeshAxes",
+    "RunPlan",
     "StepMetrics",
     "Transformer",
     "create_mesh",
@@ -31,3 +38,27 @@ __all__ = [
     "save_config",
     "train_step",
 ]
+
+_MODULES = {
+    "config": ("GrugNativeRunConfig", "GrugTrainerConfig", "load_config", "save_config"),
+    "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
+    "mesh": ("MeshAxes", "create_mesh"),
+    "model": ("MODEL_PRESETS", "GrugModelConfig", "GrugRopeConfig", "Transformer"),
+    "optimizer": ("GrugOptimizer", "GrugOptimizerConfig"),
+    "run_plan": ("RunPlan",),
+    "runner": ("GrugRunner", "run_grug_native"),
+    "state": ("GrugTrainState", "init_train_state"),
+    "train": ("GrugStepConfig", "StepMetrics", "train_step"),
+}
+
+
+def __getattr__(name: str) -> object:
+    # Only what is asked for is imported, so that `grug --help` and `grug ckpt ls` need no JAX.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"grug_native.{module}"), name)
+    raise AttributeError(f"module 'grug_native' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -10,24 +10,22 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grug_native.attention import choose_attention
 from grug_native.checkpoint_leaves import state_bytes
+from grug_native.debug import lower_step
 from grug_native.loss import choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.parts import RunParts
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
-from grug_native.train import lower_train_step, train_step
-
-if TYPE_CHECKING:
-    from levanter.data.text.examples import GrugLmExample
+from grug_native.train import train_step
 
 _SPARE_CHECKPOINTS = 1.2
 """Beside the permanent checkpoints: a temporary one, and a margin."""
@@ -49,7 +47,13 @@ class DataSketch:
     @staticmethod
     def of(raw: Mapping[str, Any]) -> "DataSketch":
         """Takes what it needs of the `data` section of a config file."""
-        return DataSketch(**{field.name: raw[field.name] for field in fields(DataSketch) if field.name in raw})
+        found = {field.name: raw[field.name] for field in fields(DataSketch) if field.name in raw}
+        weights = found.get("train_weights")
+        if isinstance(weights, list):
+            found["train_weights"] = [(step, {n: float(w) for n, w in shares.items()}) for step, shares in weights]
+        elif isinstance(weights, dict):
+            found["train_weights"] = {name: float(weight) for name, weight in weights.items()}
+        return DataSketch(**found)
 
 
 def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> RunPlan:
@@ -194,28 +198,8 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
     )
 
 
-def _abstract_batch(parts: RunParts) -> "GrugLmExample":
-    from levanter.data.text.examples import GrugLmExample
-    from levanter.grug.attention import AttentionMask
-
-    from grug_native.mesh import batch_sharding
-
-    config = parts.config
-    shape = (max(size for _, size in config.trainer.batch_stages), config.seq_len)
-
-    def abstract(dtype: type) -> jax.Array:
-        return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(parts.mesh)))
-
-    mask = AttentionMask.causal()
-    if config.data.block_cross_document_attention:
-        mask = replace(mask, segment_ids=(abstract(jnp.int32), abstract(jnp.int32)))
-    return GrugLmExample(abstract(jnp.int32), abstract(jnp.float32), mask)
-
-
 def _compiled_memory(parts: RunParts) -> MemoryUse | None:
-    with jax.set_mesh(parts.mesh):
-        lowered = lower_train_step(parts.optimizer, parts.state_shape, _abstract_batch(parts), config=parts.step_config)
-        usage = lowered.compile().memory_analysis()
+    usage = lower_step(parts).compile().memory_analysis()
     if usage is None:
         return None
     state = usage.argument_size_in_bytes

@@ -63,9 +63,8 @@ def plot_runs(folders: Sequence[Path]) -> "Figure":
     return figure
 
 
-def save_plot(folders: Sequence[Path], path: Path) -> None:
-    """Writes the curves of runs as a picture; the suffix of `path` says of which kind."""
-    figure = plot_runs(folders)
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Writes a figure, whole or not at all; the suffix of `path` says as what kind of picture."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     figure.savefig(partial)
     partial.replace(path)

@@ -1,20 +1,28 @@
 """The trainer: one object over one config, every step of which can be called by hand."""
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, override
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
 from grug_native.config import GrugNativeRunConfig
+from grug_native.debug import BatchText, ModuleNorms
+from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
 from grug_native.parts import RunParts
+from grug_native.run_plan import RunPlan
 from grug_native.state import GrugTrainState
 from grug_native.train import StepMetrics, train_step
 
 if TYPE_CHECKING:
     from levanter.data.text.examples import GrugLmExample
+    from matplotlib.figure import Figure
+else:
+    Figure = Any
 
 
 class GrugRunner(eqx.Module):
@@ -66,9 +74,138 @@ class GrugRunner(eqx.Module):
         return batch_at(self._parts.loader, step)
 
     def train_step(self, state: GrugTrainState, batch: "GrugLmExample") -> tuple[GrugTrainState, StepMetrics]:
-        """One update; `state` is donated, so go on with the one returned. Compiled once per batch shape."""
-        with jax.set_mesh(self.mesh):
+        """One update; `state` is donated, so go on with the one returned. Compiled once per batch shape.
+
+        Raises:
+            ValueError: if the state was given to `train_step` before.
+        """
+        with self._using(state):
             return train_step(self.optimizer, state, batch, config=self._parts.step_config)
+
+    def plan(self, *, compile: bool = False, measure: int = 0) -> RunPlan:
+        """What the run is going to be, as a table and as data: sizes, routing, schedule, costs, choices.
+
+        Args:
+            compile: compile the train step, for its memory.
+            measure: train so many steps, for their speed; nothing of it is kept.
+
+        Raises:
+            ValueError, OSError: whatever can be known to be wrong with the run.
+        """
+        from grug_native.plan import build_plan
+
+        return build_plan(self._parts, compile=compile, measure=measure)
+
+    def evaluate(self, state: GrugTrainState) -> dict[str, float]:
+        """Evaluates a state on the validation sets, as `config.eval` says; returns metrics by name.
+
+        Raises:
+            ValueError: if there are no validation sets, or the state was given to `train_step`.
+        """
+        with self._using(state):
+            if self._parts.evaluation is None:
+                raise ValueError(
+                    "no component of the data config has a validation split: there is nothing to evaluate on"
+                )
+            return self._parts.evaluation(state)
+
+    def harness(
+        self, state: GrugTrainState, tasks: Sequence[str | dict[str, Any]] | None = None, **settings: Any
+    ) -> dict[str, float]:
+        """Runs tasks of lm-eval on a state's parameters; the full report goes to `harness/step-N.json`.
+
+        Args:
+            state: whose parameters are scored.
+            tasks: names, paths of YAML files, or configs; None takes those of `config.eval.harness`.
+            **settings: other fields of `GrugHarnessConfig`, such as `limit`.
+
+        Raises:
+            ValueError: if there is no such task, or it executes code; or the state was given to `train_step`.
+        """
+        from grug_native.evaluation import harness_parameters
+
+        with self._using(state):
+            return harness_parameters(self._parts, state.params, int(state.step), tasks, **settings)
+
+    def sample(
+        self,
+        state: GrugTrainState,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Continues a text with a state's parameters; see `grug_native.sample.sample`."""
+        from grug_native.sample import sample
+
+        with self._using(state):
+            return sample(
+                state.params,
+                self.config.data.the_tokenizer,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+                compute_dtype=self._parts.step_config.compute_dtype,
+            )
+
+    def save(self, state: GrugTrainState) -> Path:
+        """Saves a state as `checkpoints/step-N`, and waits until it is there; returns that folder.
+
+        Raises:
+            RunLockedError: another process is writing to the run's folder.
+            CheckpointError: the run has newer checkpoints, or the state is not finite.
+            ValueError: the checkpoints are of another config, or the state was given to `train_step`.
+        """
+        from grug_native.saving import save_state
+
+        with self._using(state):
+            return save_state(self._parts, state)
+
+    def restore(self, step: int | None = None) -> GrugTrainState:
+        """Loads the state of a checkpoint, the newest by default.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is of another config, data or model.
+            DamagedCheckpointError: it is not what was saved.
+        """
+        from grug_native.saving import restore_state
+
+        return restore_state(self._parts, step)
+
+    def plot(self) -> "Figure":
+        """Draws the run's curves, into `loss.png` in its folder and as a figure.
+
+        Raises:
+            ValueError: if the run has logged nothing yet.
+        """
+        from grug_native.plot import PLOT_FILE, plot_runs, write_picture
+
+        figure = plot_runs([self.run_folder])
+        write_picture(figure, self.run_folder / PLOT_FILE)
+        return figure
+
+    def show_batch(self, step: int) -> BatchText:
+        """The batch of a step as text, sequence by sequence, its documents apart."""
+        from grug_native.debug import decode_batch
+
+        return decode_batch(self.batch(step), self.config.data.the_tokenizer)
+
+    def norms(self, state: GrugTrainState, batch: "GrugLmExample") -> ModuleNorms:
+        """Gradients, parameters and activations, module by module and layer by layer; `state` is left as it is."""
+        from grug_native.debug import module_norms
+
+        with self._using(state):
+            return module_norms(state.params, batch, compute_dtype=self._parts.step_config.compute_dtype)
+
+    def hlo(self, *, optimized: bool = False) -> str:
+        """The train step as text: StableHLO, or what the compiler made of it."""
+        from grug_native.debug import hlo_text
+
+        return hlo_text(self._parts, optimized=optimized)
 
     def fit(self, *, stop_after: int | None = None) -> GrugTrainState:
         """Trains to the end, from the newest checkpoint of the run or from the start.
@@ -86,6 +223,26 @@ class GrugRunner(eqx.Module):
         from grug_native.loop import train
 
         return train(self._parts, stop_after=stop_after)
+
+    @contextmanager
+    def _using(self, state: GrugTrainState) -> Generator[None]:
+        if state.step.is_deleted():
+            raise ValueError(
+                "this state was given to train_step, which reuses its memory: go on with the state that train_step "
+                "returned, or restore() one"
+            )
+        with jax.set_mesh(self.mesh):
+            yield
+
+    @override
+    def __repr__(self) -> str:
+        config = self.config
+        parameters = parameter_counts(config.model)["total"]
+        return (
+            f"GrugRunner({config.run_id!r} in {config.output_path!r}: {parameters:,} parameters, "
+            f"{config.trainer.num_train_steps:,} steps of {config.trainer.train_batch_size} x {config.seq_len} tokens, "
+            f"{config.optimizer.kind})"
+        )
 
 
 def run_grug_native(config: GrugNativeRunConfig) -> GrugTrainState:
