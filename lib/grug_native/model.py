@@ -4,7 +4,6 @@ Weights are plain arrays with their shapes in their types. The blocks are one `B
 the layers, whether the layers are then scanned or unrolled, so both run the same checkpoint.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
 from grug_native.mesh import BATCH_AXES, constrain, out_sharding
+from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
 from grug_native.types import AttentionMask
 
 CrossEntropyName = Literal["auto", "full", "blockwise"]
@@ -26,26 +26,6 @@ RematName = Literal["none", "dots", "full"]
 
 ParameterKind = Literal["embedding", "head", "norm", "matrix"]
 """What a parameter is to an optimizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrugRopeConfig:
-    """Rotary position embeddings.
-
-    References:
-        Su et al. 2021 (arXiv 2104.09864). The llama3 scaling is Hugging Face's `rope_type="llama3"`.
-    """
-
-    theta: float = 10_000.0
-    """Base of the geometric progression of wavelengths."""
-    llama3_factor: float | None = None
-    """Stretches wavelengths beyond the original context by this factor, as Llama 3.1 does; None leaves them alone."""
-    low_freq_factor: float = 1.0
-    """Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched whole."""
-    high_freq_factor: float = 4.0
-    """Wavelengths below `original_max_seq_len / high_freq_factor` positions are left alone."""
-    original_max_seq_len: int = 8192
-    """Context, in positions, for which the unscaled embedding was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,28 +113,6 @@ MODEL_PRESETS: dict[str, GrugModelConfig] = {
     }.items()
 }
 """The speedrun's sizes (Llama 3 vocabulary), and `tiny`, which a laptop's CPU trains in minutes."""
-
-
-def rotary_tables(config: GrugModelConfig, seq_len: int) -> tuple[Float[Array, "S half"], Float[Array, "S half"]]:
-    """Cosines and sines of the rotary angles, in f32; `half` is half a head's features."""
-    rope, half = config.rope, config.features_per_head // 2
-    frequency = 1.0 / (rope.theta ** (jnp.arange(half, dtype=jnp.float32) / half))
-    if rope.llama3_factor is not None:
-        turns = rope.original_max_seq_len * frequency / (2 * math.pi)
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        frequency = (1 - smooth) * frequency / rope.llama3_factor + smooth * frequency
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rotary(
-    x: Float[Array, "B S heads E"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
-) -> Float[Array, "B S heads E"]:
-    """Turns each pair `(x[i], x[i + E/2])` by its position's angle (the half-split convention of Hugging Face)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(eqx.Module):
@@ -291,7 +249,7 @@ class Transformer(eqx.Module):
             )
         table = constrain(self.embed, None, None)
         x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
-        rope = rotary_tables(config, tokens.shape[1])
+        rope = rotary_tables(config.rope, config.features_per_head, tokens.shape[1])
 
         def apply(block: Block, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
             return block(x, rope, mask, config)

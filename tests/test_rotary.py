@@ -1,0 +1,32 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
+
+TABLES = rotary_tables(GrugRopeConfig(theta=100.0), 8, 64)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 40), st.integers(0, 23), st.integers(0, 1000))
+def test_products_depend_on_the_distance_alone(distance: int, shift: int, seed: int) -> None:
+    q, k = np.asarray(jax.random.normal(jax.random.key(seed), (2, 8)))
+    turned_q = apply_rotary(jnp.broadcast_to(q, (1, 64, 1, 8)), *TABLES)[0, :, 0]
+    turned_k = apply_rotary(jnp.broadcast_to(k, (1, 64, 1, 8)), *TABLES)[0, :, 0]
+    here, there = turned_q[distance] @ turned_k[0], turned_q[distance + shift] @ turned_k[shift]
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(turned_q, axis=1), np.linalg.norm(q), rtol=1e-5)
+
+
+def test_llama3_scaling_stretches_long_waves_only() -> None:
+    rope = GrugRopeConfig(theta=10_000.0, llama3_factor=8.0, original_max_seq_len=64)
+    plain, scaled = rotary_tables(GrugRopeConfig(), 64, 2), rotary_tables(rope, 64, 2)
+    angles = np.arcsin(plain[1][1]), np.arcsin(scaled[1][1])
+    wavelength = 2 * np.pi / angles[0]
+    short, long = wavelength < 64 / 4, wavelength > 64
+    np.testing.assert_allclose(angles[1][short], angles[0][short], rtol=1e-5)
+    np.testing.assert_allclose(angles[1][long], angles[0][long] / 8, rtol=1e-4)
+    between = ~short & ~long
+    assert ((angles[1] < angles[0]) & (angles[1] > angles[0] / 8))[between].all()
