@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,7 @@ from levanter.grug.attention import AttentionMask
 
 from grug_native.mesh import create_mesh
 from grug_native.model import Transformer
-from grug_native.sample import KVCache, append_samples, extend, generate
+from grug_native.sample import KVCache, extend, generate
 from tests.fixtures_run import SMALL_MODEL
 
 PROMPT = [7, 250, 3, 99, 12]
@@ -105,12 +104,3 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate(params, prompt, **arguments)
-
-
-def test_samples_are_kept_as_markdown(tmp_path: Path) -> None:
-    file = tmp_path / "samples.md"
-    append_samples(file, 10, ["def f():\n  pass", "grug"])
-    append_samples(file, 20, ["# no heading"])
-    assert file.read_text() == (
-        "## After 10 steps\n\n    def f():\n      pass\n\n    grug\n\n## After 20 steps\n\n    # no heading\n\n"
-    )

@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
     from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
     from grug_native.mesh import MeshAxes, create_mesh
-    from grug_native.model import MODEL_PRESETS, GrugModelConfig, GrugRopeConfig, Transformer
+    from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
     from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+    from grug_native.rotary import GrugRopeConfig
     from grug_native.run_plan import RunPlan
     from grug_native.runner import GrugRunner, run_grug_native
     from grug_native.state import GrugTrainState, init_train_state
@@ -43,8 +44,9 @@ _MODULES = {
     "config": ("GrugNativeRunConfig", "GrugTrainerConfig", "load_config", "save_config"),
     "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
     "mesh": ("MeshAxes", "create_mesh"),
-    "model": ("MODEL_PRESETS", "GrugModelConfig", "GrugRopeConfig", "Transformer"),
+    "model": ("MODEL_PRESETS", "GrugModelConfig", "Transformer"),
     "optimizer": ("GrugOptimizer", "GrugOptimizerConfig"),
+    "rotary": ("GrugRopeConfig",),
     "run_plan": ("RunPlan",),
     "runner": ("GrugRunner", "run_grug_native"),
     "state": ("GrugTrainState", "init_train_state"),

@@ -184,46 +184,49 @@ COSMETIC_FIELDS = (
 
 def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
     """The config as plain JSON data."""
-    from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
-    from levanter.tracker import TrackerConfig as LevanterTrackerConfig
-
-    levanter, trackers = config.optimizer.levanter, config.trainer.trackers
-    sections = {
+    sections: dict[str, Any] = {
         "model": asdict(config.model),
         "data": draccus.encode(config.data),
-        "optimizer": asdict(replace(config.optimizer, kind="adamw", levanter=None))
-        | {"kind": config.optimizer.kind}
-        | ({} if levanter is None else {"levanter": draccus.encode(levanter, LevanterOptimizerConfig)}),
-        "trainer": asdict(replace(config.trainer, trackers=()))
-        | {"trackers": [draccus.encode(tracker, LevanterTrackerConfig) for tracker in trackers]},
+        "optimizer": asdict(replace(config.optimizer, kind="adamw", levanter=None)) | {"kind": config.optimizer.kind},
+        "trainer": asdict(replace(config.trainer, trackers=())) | {"trackers": []},
         "eval": asdict(config.eval),
         "output_path": config.output_path,
     }
+    if config.optimizer.levanter is not None:
+        from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
+
+        sections["optimizer"]["levanter"] = draccus.encode(config.optimizer.levanter, LevanterOptimizerConfig)
+    if config.trainer.trackers:
+        from levanter.tracker import TrackerConfig as LevanterTrackerConfig
+
+        trackers = config.trainer.trackers
+        sections["trainer"]["trackers"] = [draccus.encode(tracker, LevanterTrackerConfig) for tracker in trackers]
     return json.loads(json.dumps(sections))
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
-    """Reads what `config_to_dict` wrote; missing fields take their defaults.
+    """Reads what `config_to_dict` wrote; missing fields take their defaults. What is no mapping is taken as it is.
 
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value of the wrong type.
     """
-    from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
-    from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
-    from levanter.tracker import TrackerConfig as LevanterTrackerConfig
-
     _check_keys(GrugNativeRunConfig, raw, "")
     sections = dict(raw)
+    optimizer, trainer = dict(sections.get("optimizer", {})), dict(sections.get("trainer", {}))
     try:
-        if "data" in sections:
+        if isinstance(sections.get("data"), Mapping):
+            from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
+
             _check_keys(LevanterDataConfig, sections["data"], "data.")
             sections["data"] = draccus.decode(LevanterDataConfig, sections["data"])
-        optimizer = dict(sections.get("optimizer", {}))
         if optimizer.get("levanter") is not None:
+            from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
+
             optimizer["levanter"] = draccus.decode(LevanterOptimizerConfig, optimizer["levanter"])
-        trainer = dict(sections.get("trainer", {}))
-        trackers = trainer.get("trackers", ())
-        trainer["trackers"] = [draccus.decode(LevanterTrackerConfig, tracker) for tracker in trackers]
+        if trainer.get("trackers"):
+            from levanter.tracker import TrackerConfig as LevanterTrackerConfig
+
+            trainer["trackers"] = [draccus.decode(LevanterTrackerConfig, tracker) for tracker in trainer["trackers"]]
         return draccus.decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer})
     except draccus.ParsingError as error:
         # draccus only says which class refused; the refusal itself is the cause.

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 from grug_native.corpus_store import EOS, SPLITS, Domains, Split, file_digest, materialize, read_counts, text_file
 from grug_native.documents import Paths, docstrings, find_files, read_documents, read_stdlib, read_topics
+from grug_native.mixture import Weights
 
 if TYPE_CHECKING:
     import levanter.data.text.datasets
-
-type Weights = Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]]
-"""Shares of the domains; or `(first training step, shares)` for each stage."""
 
 EMBEDDED_WEIGHTS: Weights = (
     (0, {"python/code": 0.7, "python/docstrings": 0.15, "english/reference": 0.15}),

@@ -31,6 +31,7 @@ from levanter.utils.jax_utils import local_cpu_mesh
 from levanter.utils.thread_utils import blocking_wait
 
 from grug_native.mesh import BATCH_AXES
+from grug_native.mixture import check_mixture
 from grug_native.token_cache import cache_parts, token_field, verify_caches
 
 BATCH_AXIS = "__BATCH__"
@@ -107,7 +108,7 @@ def build_train_dataset(
             "data.prior_context_phases continues a run of another sequence length, which a GrugRunner never does: "
             "leave it empty"
         )
-    _check_mixture(cfg, batch_schedule)
+    check_mixture(cfg.train_weights, cfg.mixture_block_size, batch_schedule.global_data_offset_by_step)
     verify_caches(cfg)
     caches = cfg.build_caches("train")
     datasets = cfg.build_token_datasets(caches, Pos, split="train")
@@ -126,40 +127,6 @@ def build_train_dataset(
     }
     unused = {name: component for name, component in cfg.components.items() if name not in checked}
     return dataclasses.replace(cfg, components=checked | unused).train_mixture(Pos, batch_schedule, key=key)
-
-
-def _check_mixture(cfg: LmDataConfig, batch_schedule: BatchSchedule) -> None:
-    """Refuses what levanter would answer with an assertion, or by leaving a component out with a warning."""
-    block = cfg.mixture_block_size
-    weights = cfg.train_weights
-    stages = [(0, weights)] if isinstance(weights, dict) else weights
-    if not stages:
-        raise ValueError("data.components is empty: name at least one dataset")
-    if not 0 < block < 2**16:
-        raise ValueError(f"data.mixture_block_size={block} must lie in [1, {2**16 - 1}] sequences")
-    steps = [step for step, _ in stages]
-    if steps[0] != 0 or sorted(set(steps)) != steps:
-        raise ValueError(f"the stages of data.train_weights must start at step 0 and increase; they start at {steps}")
-    for step, weights in stages:
-        sequences = batch_schedule.global_data_offset_by_step(step)
-        if sequences % block != 0:
-            size = batch_schedule.batch_size_at_step(step)
-            fitting = np.gcd(sequences, block)
-            raise ValueError(
-                f"the stage of data.train_weights that starts at step {step} starts at sequence {sequences} (batches "
-                f"of {size}), inside a mixture block of {block}: set data.mixture_block_size={fitting}, or start the "
-                f"stage at a step whose first sequence is a multiple of {block}"
-            )
-        total = sum(weights.values())
-        if total <= 0 or min(weights.values()) < 0:
-            raise ValueError(f"data.train_weights at step {step} must be positive or zero, not all zero: {weights}")
-        for name, weight in weights.items():
-            if 0 < weight / total * block < 1:
-                raise ValueError(
-                    f"data.train_weights at step {step} gives {name!r} a share of {weight / total:.3g}, less than one "
-                    f"sequence of a mixture block of {block}, so it would never be seen: "
-                    f"set data.mixture_block_size to at least {int(np.ceil(total / weight))}"
-                )
 
 
 def _count_tokens(cfg: LmDataConfig, caches: Mapping[str, TreeCache[dict[str, np.ndarray]]], name: str) -> int:

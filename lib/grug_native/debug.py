@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, PyTree
 
 from grug_native.loss import ComputeDtype, next_token_loss
 from grug_native.mesh import BATCH_AXES, batch_sharding, constrain, out_sharding
-from grug_native.model import Transformer, cast_parameters, rotary_tables, unstack
+from grug_native.model import Transformer, cast_parameters, unstack
 from grug_native.parts import RunParts
+from grug_native.rotary import rotary_tables
 from grug_native.train import lower_train_step
 from grug_native.types import LmBatch
 
@@ -121,7 +122,7 @@ def _activations(params: Transformer, batch: LmBatch, compute_dtype: ComputeDtyp
 
     x = constrain(model.embed, None, None).at[batch.tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
     found: dict[str, list[Array]] = {"blocks.attn": [], "blocks.mlp": [], "blocks": []}
-    embed, rope = size(x), rotary_tables(config, batch.tokens.shape[1])
+    embed, rope = size(x), rotary_tables(config.rope, config.features_per_head, batch.tokens.shape[1])
     for block in unstack(model.blocks, config.num_layers):
         attended = block.attn(block.attn_norm(x, eps=config.layer_norm_eps), rope, batch.attn_mask, config)
         x = x + attended

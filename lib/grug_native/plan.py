@@ -9,7 +9,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from grug_native.checkpoint_leaves import state_bytes
 from grug_native.debug import lower_step
 from grug_native.loss import choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.mixture import Weights, check_mixture, mixture_stages
 from grug_native.parts import RunParts
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
@@ -37,10 +38,12 @@ class DataSketch:
 
     tokenizer: str = "gpt2"
     """Folder or name of the tokenizer."""
-    train_weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]] | None = None
+    train_weights: Weights | None = None
     """Weights of the components, or stages of them."""
     components: Mapping[str, object] = field(default_factory=dict[str, object])
     """The components by name."""
+    mixture_block_size: int = 2048
+    """Sequences within which the shares are exact."""
     block_cross_document_attention: bool = True
     """Whether batches carry segment ids."""
 
@@ -162,12 +165,11 @@ def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:
 
 def _mixture(parts: RunParts) -> MixtureStages:
     data = parts.config.data
-    weights = data.train_weights
-    if weights is None:
-        weights = dict.fromkeys(data.components, 1.0)
-    stages = [(0, weights)] if isinstance(weights, Mapping) else weights
+    weights = data.train_weights if data.train_weights is not None else dict.fromkeys(data.components, 1.0)
+    check_mixture(weights, data.mixture_block_size, parts.config.trainer.sequences_before)
     return tuple(
-        (step, {name: weight / sum(shares.values()) for name, weight in shares.items()}) for step, shares in stages
+        (step, {name: weight / sum(shares.values()) for name, weight in shares.items()})
+        for step, shares in mixture_stages(weights)
     )
 
 

@@ -5,7 +5,6 @@ The work is done on one device, on a copy of the parameters; so it needs room fo
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -17,7 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_native.loss import ComputeDtype
 from grug_native.mesh import AXIS_NAMES
-from grug_native.model import Block, GrugModelConfig, Transformer, apply_rotary, cast_parameters, rotary_tables
+from grug_native.model import Block, GrugModelConfig, Transformer, cast_parameters
+from grug_native.rotary import apply_rotary, rotary_tables
 from grug_native.types import Scalar
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def extend(
     """
     config, length = params.config, cache.keys.shape[2]
     positions = start + jnp.arange(tokens.shape[1])
-    cos, sin = (table[positions] for table in rotary_tables(config, length))
+    cos, sin = (table[positions] for table in rotary_tables(config.rope, config.features_per_head, length))
     visible = jnp.arange(length)[None, :] <= positions[:, None]
 
     def apply(
@@ -238,13 +238,6 @@ def sample(
         compute_dtype=compute_dtype,
     )
     return tokenizer.decode([*ids, *new])
-
-
-def append_samples(path: Path, step: int, texts: Sequence[str]) -> None:
-    """Adds texts to a `samples.md`, under a heading for the step."""
-    blocks = "".join("\n" + "".join(f"    {line}\n" for line in text.split("\n")) for text in texts)
-    with path.open("a") as file:
-        file.write(f"## After {step} steps\n{blocks}\n")
 
 
 def _round_up(length: int) -> int:
