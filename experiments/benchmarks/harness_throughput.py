@@ -1,7 +1,7 @@
 """Harness against forward pass, in tokens per second: `python -m experiments.benchmarks.harness_throughput`.
 
-The harness gets texts: it tokenizes, packs, scores and sums. The forward pass is the training loss of full rows that are
-on the device already. Both have the same model, rows and mesh. They take turns, so that a busy machine slows both.
+The harness gets texts: it tokenizes, packs, scores and sums. The forward pass is the loss of full rows that are on the
+device already. Both have the same model, rows and mesh. They take turns, so that a busy machine slows both.
 """
 
 import argparse
