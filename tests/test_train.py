@@ -111,7 +111,8 @@ def test_skipping_leaves_the_state_but_for_its_step() -> None:
     assert bool(metrics.nonfinite) and int(state.step) == 2
     after = jax.tree.map(np.asarray, (state.params, state.opt_state))
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(kept[:2]), strict=True):
-        np.testing.assert_array_equal(a, b)
+        # Counters go on with the step, and the schedule with them.
+        np.testing.assert_array_equal(a, b if np.issubdtype(b.dtype, np.floating) else b + 1)
     assert state.ema_params is not None and bool(jnp.isfinite(state.ema_params.embed).all())
 
 

@@ -252,8 +252,8 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
     if refused:
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"
-            " results; put them back, start another run, or resume with"
-            f" allowed_changes={[d.name for d in refused]}:",
+            " results; put them back, give another output_path, or resume with"
+            f" trainer.allow_changes={[d.name for d in refused]}:",
             refused,
         )
     return metadata.lineage + tuple(f"step {metadata.step}: {d}" for d in found)

@@ -64,6 +64,9 @@ class GrugTrainerConfig:
     """`stop` ends the run before anything is saved; `skip` leaves the state as it was and goes on."""
     max_skipped_steps: int = 10
     """With `skip`: so many skipped steps are borne, in one process; one more stops the run."""
+    allow_changes: tuple[str, ...] = ()
+    """Dotted fields, or whole sections, that may differ from the checkpoint this once, though they change the results;
+    each change is recorded in the checkpoints that follow."""
     run_id: str | None = None
     """Name of the run, in checkpoints and trackers; None means the last part of `output_path`."""
     trackers: tuple[TrackerConfig, ...] = ()
@@ -172,6 +175,7 @@ COSMETIC_FIELDS = (
             "steps_per_checkpoint",
             "minutes_per_temporary_checkpoint",
             "max_skipped_steps",
+            "allow_changes",
             "trackers",
         )
     ),

@@ -30,6 +30,7 @@ from levanter.store.cache import TreeCache
 from levanter.utils.jax_utils import local_cpu_mesh
 from levanter.utils.thread_utils import blocking_wait
 
+from grug_native.faults import fault_point
 from grug_native.mesh import BATCH_AXES
 from grug_native.mixture import check_mixture
 from grug_native.token_cache import cache_parts, token_field, verify_caches
@@ -275,6 +276,7 @@ def _serve(
         step, batch = request
         if batch.set_running_or_notify_cancel():
             try:
+                fault_point("fetch", step, process=jax.process_index())
                 batch.set_result(batch_at(loader, step))
             except BaseException as error:  # noqa: BLE001  (raised where the batch is waited for)
                 batch.set_exception(error)

@@ -15,6 +15,7 @@ ENV_NAME = "GRUG_FAULT"
 FaultPoint = Literal[
     "compile",
     "data",
+    "fetch",
     "step",
     "log",
     "eval",
@@ -25,7 +26,8 @@ FaultPoint = Literal[
     "post_commit",
     "mid_gc",
 ]
-"""Where a fault may strike: in the loop, in the six stages of a save, and while an old checkpoint is deleted."""
+"""Where a fault may strike: in the loop (`fetch` is on its data thread), in the six stages of a save, and while an old
+checkpoint is deleted."""
 
 FaultKind = Literal["kill", "term", "int", "stop", "raise", "enospc", "memory", "sleep", "nan"]
 """What happens: SIGKILL, SIGTERM, SIGINT or SIGSTOP to this process, an exception, a full disk, no memory, a stuck

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import psutil
 
 from grug_native.checkpoint import GrugCheckpointer
-from grug_native.config import config_to_dict, save_config
+from grug_native.checkpoint_metadata import CheckpointMetadata, CheckpointMismatchError
+from grug_native.config import GrugTrainerConfig, config_to_dict, save_config
 from grug_native.data import iter_from_step, mixture_metrics
 from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
@@ -51,20 +52,25 @@ class EvaluationError(RuntimeError):
     """The training ended well, and an evaluation on the way did not."""
 
 
-def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
+def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -> GrugTrainState:
     """Runs the loop; see `GrugRunner.fit`."""
     started = _process_age()
     config, trainer = parts.config, parts.config.trainer
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
-    folder = local_path(config.output_path)
+    folder, process = local_path(config.output_path), jax.process_index()
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(jax.set_mesh(parts.mesh))
         checkpointer = stack.enter_context(open_checkpointer(parts))
         checkpointer.preflight(parts.state_shape)
+        if resume_step is not None:
+            checkpointer.rollback(resume_step)
         restored = checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)
         state, start = restored.state, 0 if restored.metadata is None else restored.metadata.step
-        if jax.process_index() == 0:
+        assert int(state.step) == start
+        if restored.metadata is not None:
+            _check_data_offset(trainer, restored.metadata)
+        if process == 0:
             save_config(config, folder / CONFIG_FILE)
         tracker = build_trackers(trainer.trackers, folder, config.run_id, start_step=start)
         stack.callback(tracker.finish)
@@ -85,23 +91,30 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
             if stopping or kind is not None or evaluating:
                 log.flush()
             if stopping or kind is not None:
-                save = step == trainer.num_train_steps or kind == "permanent"
-                (checkpointer.save_step_checkpoint if save else checkpointer.save_temporary_checkpoint)(
-                    state, step=step, data_offset=trainer.sequences_before(step)
-                )
+                permanent = step == trainer.num_train_steps or kind == "permanent"
+                _save(checkpointer, trainer, state, step, permanent=permanent)
             if evaluating and stop.exit_code is None:
                 evaluations.run(state, step)
             if stopping:
                 break
             if kind is not None or evaluating:
                 log.restart_clock()
-            fault_point("data", step)
             waiting_since = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                fault_point("data", step, process=process)
+                batch = next(batches, None)
+            except Exception:
+                # The state is good. With several processes the others are elsewhere, and would not take part.
+                if step > start and jax.process_count() == 1:
+                    log.flush()
+                    _save(checkpointer, trainer, state, step, permanent=False)
+                raise
             loading_time = time.perf_counter() - waiting_since
             if batch is None:  # told to stop while the data were late
                 continue
-            if fault_point("step", step) == "nan":
+            if step == start:
+                fault_point("compile", step, process=process)
+            if fault_point("step", step, process=process) == "nan":
                 batch = dataclasses.replace(batch, loss_weight=batch.loss_weight * jnp.nan)
             dispatched = time.perf_counter()
             state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
@@ -118,6 +131,23 @@ def train(parts: RunParts, *, stop_after: int | None) -> GrugTrainState:
     if stop.exit_code is not None and not hasattr(sys, "ps1"):
         raise SystemExit(stop.exit_code)
     return state
+
+
+def _save(
+    checkpointer: GrugCheckpointer, trainer: GrugTrainerConfig, state: GrugTrainState, step: int, *, permanent: bool
+) -> None:
+    start_save = checkpointer.save_step_checkpoint if permanent else checkpointer.save_temporary_checkpoint
+    start_save(state, step=step, data_offset=trainer.sequences_before(step))
+
+
+def _check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) -> None:
+    step, offset, wanted = metadata.step, metadata.data_offset, trainer.sequences_before(metadata.step)
+    if offset != wanted:
+        raise CheckpointMismatchError(
+            f"step {step} was saved after {offset} sequences, and with trainer.train_batch_size="
+            f"{trainer.train_batch_size} it would come after {wanted}, so that the next batch would not be the next: "
+            f"give the change as a schedule that begins at step {step}, ((0, ...), ({step}, ...))"
+        )
 
 
 def _report_start(imported: float, *, evaluating: float, compiling: float) -> None:
@@ -172,7 +202,7 @@ class _StepLog:
             loading_time=loading_time,
         )
         if step % trainer.log_every == 0 or step == trainer.num_train_steps - 1:
-            fault_point("log", step)
+            fault_point("log", step, process=jax.process_index())
             self._tracker.log(
                 {
                     "train/loss": metrics.loss,
@@ -212,7 +242,15 @@ class _StepLog:
             return
         saved = committed_steps(self._checkpointer.folder)
         last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
-        raise NonFiniteError(f"{what}. The last good checkpoint is {last}")
+        way_out = (
+            "to leave such steps out, set trainer.nonfinite='skip' and trainer.allow_changes=['trainer.nonfinite']"
+            if trainer.nonfinite == "stop"
+            else f"more than trainer.max_skipped_steps={trainer.max_skipped_steps} were skipped"
+        )
+        raise NonFiniteError(
+            f"{what} (`runner.show_batch({step})`). Nothing of it was saved; the last good checkpoint is {last}; "
+            f"{way_out}"
+        )
 
 
 def _process_age() -> float:

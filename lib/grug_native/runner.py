@@ -207,14 +207,16 @@ class GrugRunner(eqx.Module):
 
         return hlo_text(self._parts, optimized=optimized)
 
-    def fit(self, *, stop_after: int | None = None) -> GrugTrainState:
+    def fit(self, *, stop_after: int | None = None, resume_step: int | None = None) -> GrugTrainState:
         """Trains to the end, from the newest checkpoint of the run or from the start.
 
         SIGTERM and SIGINT (Ctrl-C) save at the next step boundary; a script then exits with 128 + signal, an
-        interactive session gets the state back.
+        interactive session gets the state back. At the end the curves are drawn into `loss.png`.
 
         Args:
             stop_after: save and return after so many updates in all; the schedules stay those of the whole run.
+            resume_step: go back to the checkpoint of this step, or with 0 to the start; newer checkpoints are renamed
+                `.abandoned-step-N`, and what was logged since is cut off.
 
         Raises:
             NonFiniteError: a step was not finite, or more were than `trainer.max_skipped_steps`.
@@ -222,7 +224,10 @@ class GrugRunner(eqx.Module):
         """
         from grug_native.loop import train
 
-        return train(self._parts, stop_after=stop_after)
+        state = train(self._parts, stop_after=stop_after, resume_step=resume_step)
+        if jax.process_index() == 0 and int(state.step) > 0:
+            self.plot()
+        return state
 
     @contextmanager
     def _using(self, state: GrugTrainState) -> Generator[None]:

@@ -33,6 +33,7 @@ def run_identity(parts: RunParts) -> RunIdentity:
         tokenizer_digest=tokenizer_digest(config.data),
         mesh=dict(parts.mesh.shape),
         cosmetic=COSMETIC_FIELDS,
+        allowed_changes=config.trainer.allow_changes,
     )
 
 

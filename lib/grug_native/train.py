@@ -99,8 +99,11 @@ def _update(
     grad_norm, update_norm, param_norm = map(optax.global_norm, (grads, updates, params))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(param_norm)
     if config.skip_nonfinite:
+        # Counters go on, so that the learning rate stays a function of the step.
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new,
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
     metrics = StepMetrics(
         loss=loss,
