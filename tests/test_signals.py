@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 
 import pytest
 
@@ -113,3 +114,19 @@ with StopSignal() as stop:
 
 def test_exit_codes_are_documented_numbers() -> None:
     assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 4]
+
+
+def test_in_a_thread_with_the_main_threads_context_it_passes_on_what_the_main_thread_is_told() -> None:
+    codes = list[int | None]()
+
+    def run() -> None:
+        with StopSignal() as stop:
+            wait_until(lambda: stop.should_stop(1))
+            codes.append(stop.exit_code)
+
+    with StopSignal():
+        thread = threading.Thread(target=copy_context().run, args=(run,))
+        thread.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        thread.join()
+    assert codes == [143]

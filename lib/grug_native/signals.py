@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+from contextvars import ContextVar, Token
 from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any
@@ -36,7 +37,8 @@ class StopSignal:
     With `jax.distributed` and its preemption service, SIGTERM stays JAX's, which makes all processes stop at the same
     step (a handler of ours would disable that); SIGINT is passed on to it as SIGTERM.
 
-    Only the main thread may handle signals: entered from any other one, it does nothing and never asks to stop.
+    Only the main thread may handle signals. Entered from a thread that runs in a copy of the main thread's context, as
+    Marin's steps do, it passes on what the main thread's own is told; from any other, it never asks to stop.
     """
 
     def __init__(self) -> None:
@@ -46,10 +48,14 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
+        self._outer: StopSignal | None = None
+        self._reset: Token[StopSignal | None] | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
+            self._outer = _entered.get()
             return self
+        self._reset = _entered.set(self)
         watched, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
@@ -63,8 +69,9 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._wakeup is None:
+        if self._wakeup is None or self._reset is None:
             return
+        _entered.reset(self._reset)
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -73,6 +80,8 @@ class StopSignal:
     @property
     def exit_code(self) -> int | None:
         """128 plus the number of the signal that asked to stop; None if none did, or not all processes know yet."""
+        if self._outer is not None:
+            return self._outer.exit_code
         return None if self._signal is None or (self._synced and not self._agreed) else 128 + self._signal
 
     def should_stop(self, step: int) -> bool:
@@ -95,6 +104,9 @@ class StopSignal:
                 self._signal = signal.Signals(numbers[0])
                 if self._synced:
                     os.kill(os.getpid(), signal.SIGTERM)
+
+
+_entered: ContextVar[StopSignal | None] = ContextVar("grug_stop_signal", default=None)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

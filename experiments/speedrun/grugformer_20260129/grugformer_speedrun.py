@@ -1,47 +1,287 @@
-"""The grugformer speedrun: `python -m experiments.speedrun.grugformer_20260129.grugformer_speedrun`.
+"""The grugformer speedrun: `python -m experiments.speedrun.grugformer_20260129.grugformer_speedrun [--size SIZE]`.
 
 `tiny` trains on what every Python carries (its library, docstrings and language reference), on a laptop's CPU,
-offline, in a few minutes. To try something else, copy this file and change it.
+offline, in a few minutes. The real sizes train on FineWeb-Edu with the Llama 3 vocabulary, 20 tokens per parameter.
+`--executor` runs the same as a step of Marin's executor. To try something else, copy this file and change it.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
 
 from grug_native import (
     MODEL_PRESETS,
+    GrugEvalConfig,
     GrugNativeRunConfig,
     GrugOptimizerConfig,
-    GrugRunner,
     GrugTrainerConfig,
 )
+from grug_native.job import configure_logging, train_to_results
+from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.results import RESULTS_FILE, RunResults
+from grug_native.signals import ExitCode
+
+if TYPE_CHECKING:
+    from fray.types import ResourceConfig
+    from levanter.data.text.datasets import LmDataConfig
+    from marin.execution.lazy import ArtifactStep
+
+    from grug_native.launch import GrugRun
+
+TOKENS_PER_PARAMETER = 20
+"""Training tokens of the real sizes, per weight of the model (Hoffmann et al. 2022, arXiv 2203.15556)."""
+
+LLAMA3_TOKENIZER = "marin-community/marin-tokenizer"
+"""Llama 3's vocabulary, 128,256 tokens, under a name that asks for no account."""
+
+HUB_DATASETS = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "dclm": ("mlfoundations/dclm-baseline-1.0", None),
+}
+"""Name -> id and subset on the Hugging Face hub."""
+
+PRETOKENIZED = {"fineweb-edu": "marin-community/fineweb-edu-pretokenized-10B"}
+"""Name -> a token cache on the hub, made with `LLAMA3_TOKENIZER`, which the executor downloads whole."""
+
+SIZES = tuple(MODEL_PRESETS)
 
 
-def build_run(size: str = "tiny", *, output_path: str | None = None) -> GrugNativeRunConfig:
+def build_run(
+    size: str = "tiny",
+    *,
+    data: "LmDataConfig | None" = None,
+    output_path: str | None = None,
+    num_train_steps: int | None = None,
+) -> GrugNativeRunConfig:
     """The run of one size.
 
     Args:
-        size: a name in `MODEL_PRESETS`.
+        size: one of `SIZES`.
+        data: what to train on; by default `local_data` for `tiny`, and FineWeb-Edu for the others.
         output_path: folder of the run; by default `runs/grugformer-SIZE`.
-    """
-    from grug_native.corpus import embedded_corpus
+        num_train_steps: for a shorter run than the size asks for; the schedule ends there.
 
+    Raises:
+        ValueError: if there is no such size.
+    """
+    if size not in MODEL_PRESETS:
+        raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(SIZES)}")
     model = MODEL_PRESETS[size]
+    output_path = output_path or f"runs/grugformer-{size}"
+    if size == "tiny":
+        return GrugNativeRunConfig(
+            model=model,
+            data=data or local_data("runs/corpora"),
+            optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
+            trainer=GrugTrainerConfig(num_train_steps=num_train_steps or 300, train_batch_size=16),
+            output_path=output_path,
+        )
+    batch, seq_len = 128, 2048
+    steps = TOKENS_PER_PARAMETER * parameter_counts(model)["total"] // (batch * seq_len)
     return GrugNativeRunConfig(
-        model=model,
-        data=embedded_corpus("runs/corpora", vocab_size=model.vocab_size),
-        optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=20),
-        trainer=GrugTrainerConfig(num_train_steps=400, train_batch_size=16),
-        output_path=output_path or f"runs/grugformer-{size}",
+        model=replace(model, scan_layers=True, remat="dots"),
+        data=data or hub_data("fineweb-edu", "runs/caches"),
+        optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+        trainer=GrugTrainerConfig(
+            num_train_steps=num_train_steps or steps,
+            train_batch_size=batch,
+            train_seq_len=seq_len,
+            steps_per_checkpoint=5000,
+        ),
+        eval=GrugEvalConfig(steps_per_eval=500),
+        output_path=output_path,
     )
 
 
+def local_data(cache_dir: str) -> "LmDataConfig":
+    """What every Python carries, as training data; made under `cache_dir` on the first call."""
+    from grug_native.corpus import embedded_corpus
+
+    return embedded_corpus(cache_dir, vocab_size=MODEL_PRESETS["tiny"].vocab_size)
+
+
+def hub_data(name: str, cache_dir: str) -> "LmDataConfig":
+    """A dataset of the Hugging Face hub, streamed and tokenized into `cache_dir` when the run starts.
+
+    1024 sequences are held out of the training split.
+
+    Args:
+        name: one of `HUB_DATASETS`, or an id such as `roneneldan/TinyStories`, whose column `text` is taken.
+        cache_dir: where token caches are kept.
+    """
+    from levanter.data.text.datasets import DatasetComponent, HfDatasetSourceConfig, LmDataConfig
+
+    dataset, subset = HUB_DATASETS.get(name, (name, None))
+    label = name.rsplit("/", 1)[-1]
+    source = HfDatasetSourceConfig(id=dataset, name=subset, splits=["train"])
+    return LmDataConfig(
+        components={label: DatasetComponent(source=source)},
+        train_weights={label: 1.0},
+        num_validation_sequences={label: 1024},
+        tokenizer=LLAMA3_TOKENIZER,
+        cache_dir=cache_dir,
+    )
+
+
+def choose_data(name: str) -> "LmDataConfig":
+    """The training data that `--data` names.
+
+    Args:
+        name: `local`, one of `HUB_DATASETS`, a dataset's id on the Hugging Face hub, or a folder of text files.
+    """
+    if name == "local":
+        return local_data("runs/corpora")
+    if Path(name).is_dir():
+        from grug_native.corpus import local_text_data
+
+        return local_text_data({"text": name}, cache_dir="runs/corpora")
+    if name not in HUB_DATASETS and name.count("/") != 1:
+        raise ValueError(f"--data={name!r} is no folder: give one, local, {', '.join(HUB_DATASETS)}, or a hub id A/B")
+    return hub_data(name, "runs/caches")
+
+
+def resources(size: str) -> "ResourceConfig":
+    """What a run of one size asks a cluster for: TPUs if the environment says `SR_USE_TPU=1`, else GPUs."""
+    from fray.types import ResourceConfig
+
+    if size == "tiny":
+        return ResourceConfig.with_cpu(cpu=2, ram="4g", disk="4g")
+    if os.environ.get("SR_USE_TPU", "0") == "1":
+        return ResourceConfig.with_tpu("v5p-8")
+    return ResourceConfig.with_gpu("H100", count={"130m": 1, "300m": 1, "520m": 2, "1_2b": 8}[size])
+
+
+def build_step(
+    size: str, *, data: str = "", num_train_steps: int | None = None, version: str = "dev"
+) -> "ArtifactStep[GrugRun]":
+    """The run of one size as a step of Marin's executor, with its tokenized data as a step before it.
+
+    Args:
+        size: one of `SIZES`.
+        data: `local`, one of `HUB_DATASETS`, or a dataset's id; by default as in `build_run`.
+        num_train_steps: as in `build_run`.
+        version: `dev` resumes and is the user's own; `YYYY.MM.DD` is made once and then served.
+    """
+    from marin.execution.lazy import StepContext
+    from marin.experiment.data import mixture, pretokenized, tokenized
+
+    from grug_native.launch import corpus_data, corpus_step, training_step
+
+    data = data or ("local" if size == "tiny" else "fineweb-edu")
+    name = f"speedrun/grugformer-{size}-{data.replace('/', '-')}"
+    if data == "local":
+        corpus = corpus_step("corpora/python", vocab_size=MODEL_PRESETS["tiny"].vocab_size, version=version)
+
+        def build_local(ctx: StepContext) -> GrugNativeRunConfig:
+            config = corpus_data(ctx, corpus)
+            return build_run(size, data=config, output_path=ctx.output_path, num_train_steps=num_train_steps)
+
+        return training_step(name, build_local, deps=(corpus,), version=version, resources=resources(size))
+    if data in PRETOKENIZED:
+        cache = pretokenized(
+            f"tokenized/{data}", repo_id=PRETOKENIZED[data], tokenizer=LLAMA3_TOKENIZER, version=version
+        )
+    else:
+        dataset, _ = HUB_DATASETS.get(data, (data, None))
+        cache = tokenized(f"tokenized/{data}", source=dataset, tokenizer=LLAMA3_TOKENIZER, version=version)
+
+    def build(ctx: StepContext) -> GrugNativeRunConfig:
+        config = replace(mixture(ctx, {cache: 1.0}), num_validation_sequences={cache.name: 1024})
+        return build_run(size, data=config, output_path=ctx.output_path, num_train_steps=num_train_steps)
+
+    return training_step(name, build, deps=(cache,), version=version, resources=resources(size))
+
+
+def print_run_info(size: str, *, num_train_steps: int | None = None) -> None:
+    """Prints what the run of one size will do; no device is used, and no data are looked at."""
+    from levanter.data.text.datasets import LmDataConfig
+
+    config = build_run(size, data=LmDataConfig(), num_train_steps=num_train_steps)
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, config.seq_len)
+    steps = config.trainer.num_train_steps
+    tokens = config.trainer.sequences_before(steps) * config.seq_len
+    table = Table(title=f"grugformer {size}", show_header=False, title_justify="left")
+    table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    table.add_row("tokens", f"{tokens:,} ({tokens / counts['total']:.1f} per parameter)")
+    table.add_row("steps", f"{steps:,} of {config.trainer.batch_size_at(0)} sequences of {config.seq_len} tokens")
+    table.add_row("model FLOPs", f"{tokens * flops.full:.3e} (attention counted causally: {tokens * flops.causal:.3e})")
+    if size != "tiny":
+        asked = resources(size)
+        peak = asked.total_flops()
+        hours = tokens * flops.full / peak / 3600
+        what = f"{asked.chip_count()} chip(s) of {asked.device.variant}"
+        table.add_row("device FLOP/s", f"{peak:.3e} on {what}: {hours / 0.4:,.1f} h at 40% of it")
+    Console().print(table)
+
+
+def print_results(results: RunResults, folder: str) -> None:
+    """Prints what a finished run amounts to."""
+    scores = Table("", "first", "last", title=f"{results.run_id}: finished", title_justify="left")
+    shown = {"train/loss": "training loss", "eval/loss": "held-out loss", "eval/bpb_exact": "held-out bits per byte"}
+    domains = {f"eval/{tag}/bpb_exact": f"  {tag}" for tag in _domains(results)}
+    tasks = {name: name for name in results.final if name.startswith("lm_eval/")}
+    for name, label in (shown | domains | tasks).items():
+        if name in results.final:
+            scores.add_row(label, *(f"{values[name]:.4f}" for values in (results.first, results.final)))
+    Console().print(scores)
+    print(
+        f"{results.parameters:,} parameters, {results.tokens:,} tokens in {results.steps:,} steps: "
+        f"{results.model_flops:.3e} model FLOPs\n"
+        f"{results.training_seconds:,.1f} s in steps, {results.tokens_per_second:,.0f} tokens/s (median), "
+        f"at most {results.peak_memory_gib:.2f} GiB on the host\n"
+        f"{folder}/{RESULTS_FILE}"
+    )
+
+
+def _domains(results: RunResults) -> list[str]:
+    tags = [name.removeprefix("eval/").removesuffix("/bpb_exact") for name in results.final if name.count("/") > 1]
+    return [tag for tag in tags if f"eval/{tag}/bpb_exact" in results.final]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the size that the command line asks for."""
+    """Trains the size that the command line asks for, from wherever its run is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(MODEL_PRESETS), default="tiny", help="which model (default: tiny)")
+    parser.add_argument("--size", default="tiny", metavar="SIZE", help=f"{', '.join(SIZES)} (default: tiny)")
+    parser.add_argument(
+        "--data", default="", help=f"local, {', '.join(HUB_DATASETS)}, a hub id, or a folder of text (default: by size)"
+    )
+    parser.add_argument("--steps", type=int, help="fewer steps than the size asks for")
     parser.add_argument("--output-path", help="folder of the run (default: runs/grugformer-SIZE)")
+    parser.add_argument("--plan", action="store_true", help="print what the run would do, and stop")
+    parser.add_argument("--executor", action="store_true", help="run as a step of Marin's executor")
+    parser.add_argument("--version", default="dev", help="with --executor: dev, or YYYY.MM.DD (default: dev)")
+    parser.add_argument("--cluster", help="with --executor: address of an Iris controller, http://HOST:PORT")
     arguments = parser.parse_args(argv)
-    GrugRunner(build_run(arguments.size, output_path=arguments.output_path)).fit()
+    configure_logging()
+    try:
+        _run(arguments)
+    except (ValueError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(ExitCode.REFUSED) from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    size, steps = arguments.size, arguments.steps
+    print_run_info(size, num_train_steps=steps)
+    if arguments.plan:
+        return
+    if arguments.executor:
+        from grug_native.launch import run_steps
+
+        step = build_step(size, data=arguments.data, num_train_steps=steps, version=arguments.version)
+        run = run_steps(step, cluster=arguments.cluster)
+        print_results(run.results(), run.path)
+        return
+    data = choose_data(arguments.data) if arguments.data else None
+    config = build_run(size, data=data, output_path=arguments.output_path, num_train_steps=steps)
+    print_results(train_to_results(config), config.output_path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""A whole run as a job: `python -m grug_native.job CONFIG.yaml` in each process of a cluster, or a call in this one.
+
+SLURM, TPU pods and Iris are found by levanter's `DistributedConfig`. Elsewhere, several processes are told of each
+other by `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from grug_native.checkpoint_metadata import canonical_hash
+from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
+from grug_native.results import RESULTS_FILE, RunResults, read_results, summarize_run, write_results
+from grug_native.run_folder import local_path
+from grug_native.runner import GrugRunner
+
+logger = logging.getLogger(__name__)
+
+
+def initialize_distributed() -> None:
+    """Joins the processes of a job, before anything uses a device; without a cluster or variables, does nothing.
+
+    Raises:
+        ValueError: if some of the three variables are set, and not all.
+    """
+    from levanter.distributed import DistributedConfig
+
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, number, index = (os.environ.get(name) for name in names)
+    if address is not None and number is not None and index is not None:
+        config = DistributedConfig(coordinator_address=address, num_processes=int(number), process_id=int(index))
+    elif number is None and index is None:
+        config = DistributedConfig()
+    else:
+        missing = [name for name in names if name not in os.environ]
+        raise ValueError(f"of {', '.join(names)} only some are set: set {', '.join(missing)} too, or none of them")
+    config.initialize()
+    logger.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def train_to_results(config: GrugNativeRunConfig) -> RunResults:
+    """Trains to the end, from wherever the run is, and writes `speedrun_results.json`; every process calls it.
+
+    A run which the same config has finished before is left alone.
+
+    Raises:
+        ValueError: if the tokenizer is not to be had, or whatever else `GrugRunner.fit` refuses.
+    """
+    folder = local_path(config.output_path)
+    if (folder / RESULTS_FILE).is_file():
+        found = read_results(folder)
+        if found.config_hash == canonical_hash(config_to_dict(config)):
+            logger.info("finished before, after %d steps: %s", found.steps, folder / RESULTS_FILE)
+            return found
+    _check_tokenizer(config)
+    GrugRunner(config).fit()
+    results = summarize_run(config)
+    if jax.process_index() == 0:
+        logger.info("finished after %d steps: %s", results.steps, write_results(results, folder))
+    return results
+
+
+def _check_tokenizer(config: GrugNativeRunConfig) -> None:
+    try:
+        _ = config.data.the_tokenizer
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {error}). Give the folder of a tokenizer.json, connect to the network (and log "
+            "in, if the tokenizer asks for it), or train on a local corpus, which brings its own"
+        ) from error
+
+
+def configure_logging() -> None:
+    """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("grug_native").setLevel(logging.INFO)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains what a config file says, as one process of a job."""
+    parser = argparse.ArgumentParser(prog="python -m grug_native.job", description=main.__doc__)
+    parser.add_argument("config", type=Path, help="YAML file of the run, as in a run's folder")
+    parsed = parser.parse_args(arguments)
+    configure_logging()
+    initialize_distributed()
+    train_to_results(load_config(parsed.config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What a finished run amounts to: `speedrun_results.json` in its folder, read from what the run wrote."""
+
+import json
+import math
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+
+from grug_native.checkpoint import CHECKPOINTS_FOLDER
+from grug_native.checkpoint_metadata import read_metadata
+from grug_native.config import GrugNativeRunConfig
+from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.tracker import METRICS_FILE, MetricRow, read_metrics
+
+RESULTS_FILE = "speedrun_results.json"
+"""Name of the results in the folder of a run."""
+
+_HELD_OUT = tuple(f"{macro}{name}" for macro in ("", "macro_") for name in ("loss", "bpb", "bpb_exact"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResults:
+    """A finished run in numbers."""
+
+    run_id: str
+    """Name of the run."""
+    config_hash: str
+    """SHA-256 of the resolved config, as in the checkpoints' metadata."""
+    parameters: int
+    """Weights of the model."""
+    steps: int
+    """Updates done."""
+    tokens: int
+    """Token positions trained on."""
+    model_flops: float
+    """Floating-point operations of the whole training, attention counted over the full square."""
+    first: Mapping[str, float]
+    """By metric name, the training loss of the first step, and each held-out loss, bits per byte and task score of the
+    first evaluation."""
+    final: Mapping[str, float]
+    """The same of the last step and the last evaluation."""
+    training_seconds: float
+    """Time of all logged steps together, over all processes that the run took; compilation included."""
+    tokens_per_second: float
+    """Over all devices: the median of the logged steps."""
+    peak_memory_gib: float
+    """Most memory that the process which finished the run held on its host."""
+    hardware: Mapping[str, str | int]
+    """`platform`, `device`, `devices`, and `processes` of what finished the run."""
+    versions: Mapping[str, str]
+    """Versions of the packages that wrote the last checkpoint."""
+
+
+def summarize_run(config: GrugNativeRunConfig) -> RunResults:
+    """Reads the folder of a run that has just finished in this process.
+
+    Raises:
+        ValueError: if the run has not done all its steps.
+    """
+    folder, steps = local_path(config.output_path), config.trainer.num_train_steps
+    saved = committed_steps(folder / CHECKPOINTS_FOLDER)
+    if not saved or saved[0] != steps:
+        raise ValueError(f"{folder} is at step {saved[0] if saved else 0} of {steps}: only a finished run has results")
+    metadata = read_metadata(folder / CHECKPOINTS_FOLDER / step_name(steps))
+    rows = read_metrics(folder / METRICS_FILE)
+    tokens = config.trainer.sequences_before(steps) * config.seq_len
+    devices = jax.devices()
+    return RunResults(
+        run_id=config.run_id,
+        config_hash=metadata.config_hash,
+        parameters=parameter_counts(config.model)["total"],
+        steps=steps,
+        tokens=tokens,
+        model_flops=tokens * flops_per_token(config.model, config.seq_len).full,
+        first=_scores(reversed(rows)),
+        final=_scores(rows),
+        training_seconds=math.fsum(_numbers(rows, "throughput/duration")),
+        tokens_per_second=median(_numbers(rows, "throughput/tokens_per_second")),
+        # Linux counts it in KiB.
+        peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        hardware={
+            "platform": devices[0].platform,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "processes": jax.process_count(),
+        },
+        versions=metadata.versions,
+    )
+
+
+def write_results(results: RunResults, folder: Path) -> Path:
+    """Writes `speedrun_results.json`, whole or not at all; returns its path."""
+    path = folder / RESULTS_FILE
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_results(folder: Path) -> RunResults:
+    """Reads the results of a finished run.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    raw: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text())
+    return RunResults(**raw)
+
+
+def _numbers(rows: Sequence[MetricRow], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if name in row]
+
+
+def _scores(rows: Iterable[MetricRow]) -> dict[str, float]:
+    last = {name: value for row in rows for name, value in row.items()}
+
+    def is_score(name: str) -> bool:
+        held_out = name.startswith("eval/") and name.rsplit("/", 1)[-1] in _HELD_OUT
+        return held_out or name == "train/loss" or name.startswith("lm_eval/")
+
+    return {name: float(last[name]) for name in sorted(filter(is_score, last))}

@@ -1,0 +1,113 @@
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
+from grug_native.metrics import parameter_counts
+from grug_native.model import MODEL_PRESETS
+from grug_native.runner import GrugRunner
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "levanter.models.grug_wrapper",
+    "levanter.models.lm_model.LmConfig",
+    "marin.speedrun.speedrun.default_speedrun",
+}
+
+
+def imported_names(source: Path) -> Iterator[str]:
+    """Every module, and every name of a module, that a file imports anywhere in it."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def file_of(module: str) -> Path | None:
+    """Where a module of this repository is; None for what is no module, or not of this repository."""
+    if module.split(".")[0] not in ("grug_native", "experiments"):
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a name in a module, and no module
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def test_the_speedrun_is_free_of_the_chain_that_it_replaces() -> None:
+    waiting, seen = [ROOT / "experiments/speedrun/grugformer_20260129/grugformer_speedrun.py"], set[Path]()
+    names = set[str]()
+    while waiting:
+        source = waiting.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        found = set(imported_names(source))
+        names |= found
+        waiting.extend(path for path in map(file_of, found) if path is not None)
+    assert {path.stem for path in seen} >= {"grugformer_speedrun", "runner", "launch", "eval_hooks", "model"}
+    assert not {name for name in names for forbidden in FORBIDDEN if f"{name}.".startswith(f"{forbidden}.")}
+
+
+@pytest.mark.parametrize("size", ["130m", "300m", "520m", "1_2b"])
+def test_a_real_size_is_the_speedruns(size: str) -> None:
+    config = speedrun.build_run(size)
+    steps, tokens = (
+        config.trainer.num_train_steps,
+        config.trainer.sequences_before(config.trainer.num_train_steps) * 2048,
+    )
+    assert (config.trainer.train_batch_size, config.seq_len) == (128, 2048)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-3, 0.1)
+    assert config.data.tokenizer == speedrun.LLAMA3_TOKENIZER and config.model.vocab_size == 128_256
+    assert abs(tokens - 20 * parameter_counts(config.model)["total"]) < 128 * 2048
+    assert speedrun.build_run(size, num_train_steps=7).trainer.num_train_steps == 7 != steps
+
+
+def test_the_plan_of_every_size_needs_no_network(capsys: pytest.CaptureFixture[str]) -> None:
+    for size in speedrun.SIZES:
+        speedrun.main(["--size", size, "--plan"])
+        shown = capsys.readouterr().out
+        assert f"{parameter_counts(MODEL_PRESETS[size])['total']:,}" in shown
+        assert ("device FLOP/s" in shown) == (size != "tiny")
+
+
+def test_a_real_size_trains_on_a_local_corpus(text_folder: Path, tmp_path: Path) -> None:
+    from grug_native.corpus import local_text_data
+
+    data = local_text_data({"caves": text_folder / "caves"}, cache_dir=tmp_path / "corpora", vocab_size=300)
+    config = speedrun.build_run("130m", data=data, output_path=str(tmp_path / "run"))
+    assert GrugRunner(config).batch(0).tokens.shape == (128, 2048)
+
+
+def test_the_environment_chooses_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SR_USE_TPU", raising=False)
+    assert speedrun.resources("1_2b").device.kind == "gpu" and speedrun.resources("tiny").device.kind == "cpu"
+    monkeypatch.setenv("SR_USE_TPU", "1")
+    assert speedrun.resources("1_2b").device.kind == "tpu" and speedrun.resources("tiny").device.kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "9b"], "size='9b' is unknown: choose one of tiny, 130m"),
+        (["--size", "130m", "--data", "nowhere"], "--data='nowhere' is no folder"),
+        (["--size", "130m"], "Give the folder of a tokenizer.json"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        speedrun.main(arguments)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err

@@ -1,0 +1,45 @@
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from grug_native.job import train_to_results
+from grug_native.metrics import parameter_counts
+from grug_native.results import RESULTS_FILE, read_results, summarize_run
+from grug_native.runner import GrugRunner
+from grug_native.tracker import read_metrics
+from tests.fixtures_run import SMALL_MODEL, MakeRun
+
+
+def test_a_finished_run_is_summed_up_and_then_left_alone(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "grug_native")
+    config = make_run(trainer={"num_train_steps": 3})
+    GrugRunner(config).fit(stop_after=2)
+    with pytest.raises(ValueError, match="at step 2 of 3"):
+        summarize_run(config)
+
+    results = train_to_results(config)
+    folder = Path(config.output_path)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert results.steps == 3 and results.tokens == 3 * 4 * 32
+    assert results.parameters == parameter_counts(SMALL_MODEL)["total"]
+    assert results.first["train/loss"] == rows[0]["train/loss"] and results.first["eval/loss"] == rows[0]["eval/loss"]
+    assert results.final["train/loss"] == rows[2]["train/loss"] and results.final["eval/loss"] == rows[3]["eval/loss"]
+    assert results.final.keys() == results.first.keys() >= {"eval/caves/loss", "eval/clubs/bpb_exact"}
+    assert results.training_seconds == math.fsum(float(row["throughput/duration"]) for row in rows[:3])
+    assert results.hardware["devices"] == 4 and results.versions["jax"]
+    assert asdict(read_results(folder)) == asdict(results)
+
+    written = (folder / RESULTS_FILE).stat().st_mtime_ns
+    assert asdict(train_to_results(config)) == asdict(results)
+    assert (folder / RESULTS_FILE).stat().st_mtime_ns == written
+    assert "finished before, after 3 steps" in caplog.text
+
+
+def test_a_tokenizer_that_is_not_to_be_had_is_refused_with_the_way_out(make_run: MakeRun) -> None:
+    from levanter.data.text.datasets import LmDataConfig
+
+    config = make_run(data=LmDataConfig(tokenizer="nobody/has-this-tokenizer"))
+    with pytest.raises(ValueError, match=r"nobody/has-this-tokenizer.*Give the folder of a tokenizer\.json"):
+        train_to_results(config)
