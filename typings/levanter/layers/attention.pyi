@@ -7,6 +7,10 @@ class AttentionMask(eqx.Module):
     segment_ids: tuple[NamedArray, NamedArray] | None = None
     sliding_window: int | None = None
 
+    def materialize(
+        self, QPos: Axis, KPos: Axis, q_slice: slice | None = None, k_slice: slice | None = None
+    ) -> NamedArray | None: ...
+
 class AttentionConfig:
     @property
     def KVHeads(self) -> Axis: ...

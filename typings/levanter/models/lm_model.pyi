@@ -10,6 +10,18 @@ class LmExample(eqx.Module):
     loss_weight: NamedArray
     attn_mask: AttentionMask | NamedArray = ...
 
+    @staticmethod
+    def causal(
+        tokens: NamedArray,
+        *,
+        loss_weight: NamedArray | None = None,
+        ignore_id: int | None = None,
+        eos_id: int | None = None,
+        segment_ids: NamedArray | None = None,
+        sliding_window: int | None = None,
+        block_cross_document_attention: bool = True,
+    ) -> "LmExample": ...
+
 class LmHeadModel(eqx.Module):
     def __call__(
         self,
