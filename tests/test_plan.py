@@ -59,7 +59,7 @@ def test_the_numbers(tmp_path: Path) -> None:
     assert plan.learning_rates[-1] == (99, pytest.approx(1e-3))
     assert plan.mixture == ((0, {"caves": 0.75, "clubs": 0.25}),)
     assert plan.mesh == {"replica_dcn": 1, "data": 4, "model": 1}
-    assert plan.shardings[".blocks.attn.wq"] == "(None, 'data', 'model')"
+    assert plan.shardings[".blocks.attn.wq"] == "-, data, model"
     routes = {route.path: (route.group, route.decayed) for route in plan.routing}
     assert routes[".blocks.mlp.up"] == ("muon", True)
     assert routes[".embed"] == ("adamw", False)

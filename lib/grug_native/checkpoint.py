@@ -27,6 +27,7 @@ from grug_native.checkpoint_metadata import (
     write_metadata,
 )
 from grug_native.run_folder import (
+    CHECKPOINTS_FOLDER,
     RunLock,
     check_disk,
     committed_steps,
@@ -38,9 +39,6 @@ from grug_native.run_folder import (
 )
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS_FOLDER = "checkpoints"
-"""Where in a run's folder its checkpoints are."""
 
 _STEPS_BETWEEN_CLOCK_AGREEMENTS = 10
 

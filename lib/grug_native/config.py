@@ -1,5 +1,6 @@
 """The configuration of a run: plain frozen data, its cross-checks, and YAML in and out."""
 
+import copy
 import difflib
 import json
 import re
@@ -252,12 +253,52 @@ def load_config(path: Path) -> GrugNativeRunConfig:
         ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
         FileNotFoundError: if there is no such file.
     """
-    raw = yaml.safe_load(path.read_text())
+    return config_from_dict(read_config_file(path))
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Reads the sections of a config from YAML, as plain data.
+
+    Raises:
+        ValueError: if the file is no YAML, or holds no sections.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(raw, Mapping):
         raise ValueError(
             f"{path} holds no mapping: it should have the keys model, data, optimizer, trainer, output_path"
         )
-    return config_from_dict(cast(Mapping[str, Any], raw))
+    return dict(cast(Mapping[str, Any], raw))
+
+
+def override(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Sets fields of a config's sections by their dotted names.
+
+    Args:
+        raw: the sections; they are left as they are.
+        overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`.
+
+    Raises:
+        ValueError: if what a name leads through is no section, or a value is no YAML.
+    """
+    changed = copy.deepcopy(dict(raw))
+    for name, value in overrides:
+        *parents, key = name.split(".")
+        section = changed
+        for depth, parent in enumerate(parents, start=1):
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ValueError(f"--{name}: {'.'.join(parents[:depth])} is {section!r}, and has no fields")
+        try:
+            section[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{name} {value!r} is no YAML: {error}") from error
+    return changed
 
 
 def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:

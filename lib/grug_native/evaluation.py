@@ -73,7 +73,7 @@ def harness_parameters(
         batch_size=parts.eval_batch_size if config.batch_size is None else config.batch_size,
         compute_dtype=parts.step_config.compute_dtype,
     )
-    harness = build_harness(config, run.data.the_tokenizer)
+    harness = build_harness(config, parts.tokenizer)
     with jax.set_mesh(parts.mesh):
         return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
 
@@ -102,7 +102,7 @@ class Evaluations:
         if self._parts.config.eval.harness is not None:
             from grug_native.eval_harness import build_harness
 
-            build_harness(self._parts.config.eval.harness, self._parts.config.data.the_tokenizer)
+            build_harness(self._parts.config.eval.harness, self._parts.tokenizer)
         self.seconds += time.perf_counter() - started
 
     def is_due(self, step: int) -> bool:
@@ -153,7 +153,7 @@ class Evaluations:
         texts = [
             sample(
                 state.params,
-                config.data.the_tokenizer,
+                self._parts.tokenizer,
                 prompt,
                 max_new_tokens=config.eval.sample_tokens,
                 seed=step,

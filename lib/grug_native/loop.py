@@ -31,7 +31,7 @@ from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
 from grug_native.parts import RunParts
 from grug_native.progress import ProgressLine
-from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.run_folder import CONFIG_FILE, committed_steps, local_path, step_name
 from grug_native.saving import open_checkpointer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
@@ -39,9 +39,6 @@ from grug_native.tracker import RunTracker, build_trackers
 from grug_native.train import StepMetrics, train_step
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-"""Name of the resolved config in the folder of a run."""
 
 
 class NonFiniteError(RuntimeError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from levanter.data.mixture import MixtureDataset
     from levanter.data.text.examples import GrugLmExample
     from levanter.schedule import BatchSchedule
+    from levanter.tokenizers import MarinTokenizer
 
     from grug_native.eval_hooks import TaggedEval
 
@@ -104,6 +105,21 @@ class RunParts:
         return BatchSchedule([ScheduleStep(start, size) for start, size in stages])
 
     @cached_property
+    def tokenizer(self) -> "MarinTokenizer":
+        """The tokenizer of the data.
+
+        Raises:
+            ValueError: if it has more tokens than the model.
+        """
+        tokenizer, vocab_size = self.config.data.the_tokenizer, self.config.model.vocab_size
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"model.vocab_size={vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "
+                f"{self.config.data.tokenizer!r}: raise it to at least {len(tokenizer)}"
+            )
+        return tokenizer
+
+    @cached_property
     def dataset(self) -> "MixtureDataset[GrugLmExample]":
         """The training mixture.
 
@@ -115,12 +131,7 @@ class RunParts:
         from grug_native.data import build_train_dataset
 
         config = self.config
-        tokens = len(config.data.the_tokenizer)
-        if tokens > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the {tokens} tokens of the tokenizer "
-                f"{config.data.tokenizer!r}: raise it to at least {tokens}"
-            )
+        _ = self.tokenizer  # Its tokens have to fit in the model.
         seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
         return build_train_dataset(
             config.data,
@@ -144,6 +155,7 @@ class RunParts:
         from grug_native.checkpoint_metadata import canonical_hash
         from grug_native.token_cache import data_fingerprint
 
+        _ = self.dataset  # It verifies the caches: a damaged one is to be named, and not to pass for other data.
         return canonical_hash(data_fingerprint(self.config.data))
 
     @cached_property
@@ -171,7 +183,7 @@ class RunParts:
             batch_size=self.eval_batch_size,
             mesh=self.mesh,
             vocab_size=config.model.vocab_size,
-            tokenizer=config.data.the_tokenizer if config.eval.compute_bpb else None,
+            tokenizer=self.tokenizer if config.eval.compute_bpb else None,
             max_batches=config.eval.max_eval_batches,
             compute_dtype=self.step_config.compute_dtype,
         )

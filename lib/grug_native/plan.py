@@ -107,7 +107,9 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
         mixture=_mixture(parts),
         mesh=dict(parts.mesh.shape),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        shardings={jax.tree_util.keystr(path): str(tuple(leaf.sharding.spec)) for path, leaf in leaves},
+        shardings={
+            jax.tree_util.keystr(path): ", ".join(axis or "-" for axis in leaf.sharding.spec) for path, leaf in leaves
+        },
         choices=_choices(parts),
         checkpoint_bytes=checkpoint_bytes,
         disk_needed=needed,

@@ -22,6 +22,12 @@ from pathlib import Path
 
 from grug_native.faults import fault_point
 
+CONFIG_FILE = "config.yaml"
+"""Name of the resolved config in the folder of a run."""
+
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Where in a run's folder its checkpoints are."""
+
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SPARE_DISK = 2.2
@@ -88,6 +94,24 @@ def committed_steps(folder: Path) -> list[int]:
         return []
     found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
     return sorted((int(m[1]) for m, path in found if _is_real_folder(path) and any(path.iterdir())), reverse=True)
+
+
+def find_checkpoint(folder: Path, step: int | None) -> Path:
+    """Returns the folder of a checkpoint.
+
+    Args:
+        folder: A run's `checkpoints/`.
+        step: Which; None takes the newest.
+
+    Raises:
+        ValueError: There is none.
+    """
+    steps = committed_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder} holds no checkpoint: train the run first, or give the folder of one that has")
+    if step is not None and step not in steps:
+        raise ValueError(f"{folder} holds no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
+    return folder / step_name(steps[0] if step is None else step)
 
 
 def quarantined(folder: Path) -> list[Path]:

@@ -85,7 +85,7 @@ class RunPlan:
     device: str
     """What the devices are."""
     shardings: Mapping[str, str]
-    """Mesh axes over which each parameter is split, dimension by dimension."""
+    """Mesh axes over which each parameter is split, dimension by dimension, as in `-, data, model`."""
     choices: tuple[Choice, ...]
     """Kernels and dtypes, and why."""
     checkpoint_bytes: int
@@ -143,7 +143,7 @@ def _optimization(plan: RunPlan) -> _Rows:
     for route in plan.routing:
         decayed = "decayed" if route.decayed else "not decayed"
         split = plan.shardings[route.path]
-        yield f"  {route.path.lstrip('.')}", f"{list(route.shape)}  {route.group}, {decayed}, over {split}"
+        yield f"  {route.path.lstrip('.')}", f"{list(route.shape)} over ({split}): {route.group}, {decayed}"
     yield "learning rate", ", ".join(f"{rate:.2e} at {step}" for step, rate in plan.learning_rates)
 
 

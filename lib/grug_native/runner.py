@@ -143,7 +143,7 @@ class GrugRunner(eqx.Module):
         with self._using(state):
             return sample(
                 state.params,
-                self.config.data.the_tokenizer,
+                self._parts.tokenizer,
                 prompt,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
@@ -192,7 +192,7 @@ class GrugRunner(eqx.Module):
         """The batch of a step as text, sequence by sequence, its documents apart."""
         from grug_native.debug import decode_batch
 
-        return decode_batch(self.batch(step), self.config.data.the_tokenizer)
+        return decode_batch(self.batch(step), self._parts.tokenizer)
 
     def norms(self, state: GrugTrainState, batch: "GrugLmExample") -> ModuleNorms:
         """Gradients, parameters and activations, module by module and layer by layer; `state` is left as it is."""
@@ -224,6 +224,7 @@ class GrugRunner(eqx.Module):
         """
         from grug_native.loop import train
 
+        self.plan()  # What can be known to be wrong is found now, before anything is compiled.
         state = train(self._parts, stop_after=stop_after, resume_step=resume_step)
         if jax.process_index() == 0 and int(state.step) > 0:
             self.plot()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from grug_native.checkpoint import CHECKPOINTS_FOLDER, CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
 from grug_native.checkpoint_io import load_params, restore_checkpoint
 from grug_native.checkpoint_metadata import (
     CheckpointMetadata,
@@ -17,7 +17,7 @@ from grug_native.checkpoint_metadata import (
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
-from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, find_checkpoint, local_path, step_name
 from grug_native.state import GrugTrainState
 
 
@@ -125,21 +125,3 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
 def checkpoints_folder(parts: RunParts) -> Path:
     """Where the checkpoints of a run are."""
     return local_path(parts.config.output_path) / CHECKPOINTS_FOLDER
-
-
-def find_checkpoint(folder: Path, step: int | None) -> Path:
-    """The folder of a checkpoint.
-
-    Args:
-        folder: a run's `checkpoints/`.
-        step: which; None takes the newest.
-
-    Raises:
-        ValueError: there is none.
-    """
-    steps = committed_steps(folder)
-    if not steps:
-        raise ValueError(f"{folder} holds no checkpoint: train the run first, or give the folder of one that has")
-    if step is not None and step not in steps:
-        raise ValueError(f"{folder} holds no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
-    return folder / step_name(steps[0] if step is None else step)

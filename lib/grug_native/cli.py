@@ -1,0 +1,186 @@
+"""The command line: `grug train | plan | eval | harness | sample | plot | ckpt`.
+
+Nothing heavy is imported before a command needs it: `--help` and `ckpt` answer without JAX.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+_DESCRIPTION = """\
+Train language models, and look at what came of it.
+
+  grug train --text my_folder/            train on your own text, sizes chosen for you
+  grug train --config_path run.yaml --trainer.num_train_steps 200
+  grug plan run.yaml                      what a run is going to be, before anything runs
+  grug sample runs/my_folder "Once upon"  continue a text
+  grug plot runs/a runs/b                 draw curves over each other
+"""
+
+_EXIT_CODES = """\
+exit codes: 0 done; 1 failed; 2 a mistake in what was asked for, nothing was started; 3 all checkpoints are damaged;
+4 another process is writing to the run's folder; 130, 143 stopped by Ctrl-C or SIGTERM, after saving.
+"""
+
+_OVERRIDE = re.compile(r"--([a-z]\w*(?:\.[\w/-]+)+)(?:=(.*))?", re.DOTALL)
+
+type Overrides = list[tuple[str, str]]
+"""Dotted config keys with their values, as they were typed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code, one of `grug_native.signals.ExitCode`.
+
+    Args:
+        arguments: of the command line, without the program's name; by default the process's own.
+    """
+    overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(rest)
+    if overrides and not parsed.takes_overrides:
+        parser.error(
+            f"--{overrides[0][0]} is a field of a run's config, and this command reads no other than the run's"
+        )
+    parsed.overrides = overrides
+    module, function = parsed.command
+    try:
+        return getattr(import_module(f"grug_native.{module}"), function)(parsed) or 0
+    except Exception as error:
+        from grug_native.cli_errors import explain
+
+        explained = explain(error)
+        if explained is None or parsed.debug:
+            raise
+        code, words = explained
+        print(f"grug: {words}", file=sys.stderr)
+        return code
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
+    """Takes `--section.key VALUE` and `--section.key=VALUE` out of a command line; returns them, and the rest.
+
+    Each takes the next word for its value, so that they may stand anywhere.
+    """
+    overrides: Overrides = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        found = _OVERRIDE.fullmatch(word)
+        if found is None:
+            rest.append(word)
+        else:
+            overrides.append((found[1], next(words, "") if found[2] is None else found[2]))
+    return overrides, rest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="grug", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _add(
+        commands,
+        "train",
+        "train a run, from its newest checkpoint if it has one",
+        ("commands", "train"),
+        overrides=True,
+    )
+    source = train.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config_path", metavar="FILE", help="YAML of the run; its folder will do, once it has one")
+    source.add_argument("--text", metavar="FOLDER", help="train on the texts in a folder, sizes chosen for you")
+    train.add_argument("--name", help="with --text: name of the run, in runs/ (default: the folder's)")
+    train.add_argument("--output_path", metavar="FOLDER", help="folder of the run, in place of the config's")
+    train.add_argument("--stop_after", type=int, metavar="STEP", help="save and stop after so many steps in all")
+    train.add_argument(
+        "--resume_step", type=int, metavar="STEP", help="go back to this checkpoint, or with 0 to the start"
+    )
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="be one process of several: on SLURM, TPU pods or Iris; elsewhere set JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+
+    plan = _add(commands, "plan", "work a run out, before anything runs", ("commands", "plan"), overrides=True)
+    plan.add_argument("config", metavar="CONFIG|RUN", help="YAML of a run, or a run's folder")
+    plan.add_argument("--compile", action="store_true", help="compile the train step, for its memory")
+    plan.add_argument("--measure", type=int, default=0, metavar="STEPS", help="train a few steps, for their speed")
+
+    evaluate = _add(commands, "eval", "evaluate a checkpoint on the held-out sets of its run", ("commands", "evaluate"))
+    _add_checkpoint(evaluate)
+
+    harness = _add(commands, "harness", "run tasks of lm-eval on a checkpoint", ("commands", "harness"))
+    _add_checkpoint(harness)
+    harness.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="names, or YAML files (default: those of the run's config)"
+    )
+    harness.add_argument("--limit", type=int, help="documents of each task at most")
+    harness.add_argument("--num_fewshot", type=int, help="examples in front of each document")
+    harness.add_argument("--include_path", metavar="FOLDER", help="where YAML files define tasks by name")
+    harness.add_argument("--batch_size", type=int, help="rows of a forward pass")
+
+    sample = _add(commands, "sample", "continue a text with a checkpoint", ("commands", "sample"))
+    _add_checkpoint(sample)
+    sample.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
+    sample.add_argument("--max_new_tokens", type=int, default=128, help="(default: 128)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    sample.add_argument("--top_k", type=int, help="draw among so many likeliest tokens")
+    sample.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+
+    plot = _add(commands, "plot", "draw the curves of runs, over each other", ("commands", "plot"))
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    plot.add_argument("--output", metavar="FILE", help="picture to write (default: loss.png in the first run's folder)")
+
+    ckpt = commands.add_parser("ckpt", help="list, show, verify and compare checkpoints", epilog=_EXIT_CODES)
+    actions = ckpt.add_subparsers(metavar="ACTION", required=True)
+    _add_run(_add(actions, "ls", "list a run's checkpoints", ("checkpoint_commands", "list_all")))
+    show = _add(actions, "show", "print all that a checkpoint says about itself", ("checkpoint_commands", "show"))
+    _add_run(show)
+    show.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    verify = _add(
+        actions, "verify", "read checkpoints, and compare them with their digests", ("checkpoint_commands", "verify")
+    )
+    _add_run(verify)
+    verify.add_argument("--step", type=int, help="which checkpoint (default: all)")
+    diff = _add(actions, "diff", "compare two checkpoints", ("checkpoint_commands", "diff"))
+    _add_run(diff)
+    diff.add_argument("a", type=int, metavar="STEP", help="one of the run's checkpoints")
+    diff.add_argument("b", type=int, metavar="STEP", help="another; of OTHER, if it is given")
+    diff.add_argument("--other", metavar="OTHER", help="folder of another run")
+    diff.add_argument("--values", action="store_true", help="read the arrays that differ, to say by how much")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",  # pyright: ignore[reportPrivateUsage]
+    name: str,
+    help: str,
+    command: tuple[str, str],
+    *,
+    overrides: bool = False,
+) -> argparse.ArgumentParser:
+    words = f"{help[0].upper()}{help[1:]}."
+    if overrides:
+        words += " Any field of the config can be set as in --trainer.num_train_steps 200."
+    parser = commands.add_parser(name, help=help, description=words, epilog=_EXIT_CODES, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=command, takes_overrides=overrides)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

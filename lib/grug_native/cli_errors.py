@@ -1,0 +1,28 @@
+"""What the command line says of an error, and how it exits."""
+
+import jax
+
+from grug_native.checkpoint_metadata import NoUsableCheckpointError
+from grug_native.run_folder import RunLockedError
+from grug_native.signals import ExitCode
+
+
+def explain(error: Exception) -> tuple[ExitCode, str] | None:
+    """The exit code and the words for an error that a user can do something about; None for any other."""
+    words = str(error)
+    match error:
+        case NoUsableCheckpointError():
+            return ExitCode.NO_USABLE_CHECKPOINT, words
+        case RunLockedError():
+            return ExitCode.LOCKED, words
+        case FileNotFoundError() | ValueError():
+            return ExitCode.REFUSED, words
+        case jax.errors.JaxRuntimeError():
+            if "RESOURCE_EXHAUSTED" not in words:
+                return None
+            way_out = "lower trainer.train_batch_size, set model.remat=full, or use more devices"
+            return ExitCode.FAILED, f"the device's memory is too small: {way_out}.\n{words.splitlines()[0]}"
+        case _:
+            # Errors of our own classes are documented, and say what to do.
+            ours = type(error).__module__.startswith("grug_native.")
+            return (ExitCode.FAILED, words) if ours or isinstance(error, OSError) else None

@@ -1,0 +1,170 @@
+"""`grug train | plan | eval | harness | sample | plot`: what each does with its arguments.
+
+Each imports what it needs when it is called: levanter alone takes seconds, and a plan does without.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from grug_native.config import (
+    GrugNativeRunConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    override,
+    read_config_file,
+)
+from grug_native.model import Transformer
+from grug_native.parts import RunParts
+from grug_native.runner import GrugRunner
+
+if TYPE_CHECKING:
+    from grug_native.results import RunResults
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains a run; prints what it came to."""
+    from grug_native.job import configure_logging, initialize_distributed, train_to_results
+
+    configure_logging()
+    if arguments.distributed:
+        initialize_distributed()
+    config = _config_to_train(arguments)
+    if arguments.stop_after is not None or arguments.resume_step is not None:
+        state = GrugRunner(config).fit(stop_after=arguments.stop_after, resume_step=arguments.resume_step)
+        if arguments.stop_after is not None:
+            print(f"{config.output_path} is at step {int(state.step)} of {config.trainer.num_train_steps}")
+            return
+    results = train_to_results(config)
+    if jax.process_index() == 0:
+        Console().print(_results_table(config, results))
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints a run's plan."""
+    from grug_native.plan import DataSketch
+
+    raw = override(read_config_file(_config_file(arguments.config)), arguments.overrides)
+    if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
+        raw["data"] = DataSketch.of(raw["data"])
+    runner = GrugRunner(config_from_dict(raw))
+    Console().print(runner.plan(compile=arguments.compile, measure=arguments.measure))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluates a checkpoint; prints the metrics."""
+    from grug_native.evaluation import evaluate_parameters
+
+    parts, step, params = _checkpoint(arguments)
+    metrics = evaluate_parameters(parts, params, ema=arguments.ema)
+    Console().print(_metrics_table(f"{parts.config.run_id} after {step} steps", metrics))
+
+
+def harness(arguments: argparse.Namespace) -> None:
+    """Runs tasks on a checkpoint; prints the metrics."""
+    from grug_native.evaluation import HARNESS_FOLDER, harness_parameters
+
+    parts, step, params = _checkpoint(arguments)
+    wanted = ("limit", "num_fewshot", "include_path", "batch_size")
+    settings = {name: value for name in wanted if (value := getattr(arguments, name)) is not None}
+    metrics = harness_parameters(parts, params, step, arguments.tasks, **settings)
+    Console().print(_metrics_table(f"{parts.config.run_id} after {step} steps", metrics))
+    print(f"report: {Path(parts.config.output_path) / HARNESS_FOLDER / f'step-{step}.json'}")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Prints a text that a checkpoint continues."""
+    from grug_native.sample import sample as sample_text
+
+    parts, _, params = _checkpoint(arguments)
+    print(
+        sample_text(
+            params,
+            parts.tokenizer,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+            compute_dtype=parts.step_config.compute_dtype,
+        )
+    )
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draws the curves of runs into a picture; prints its path."""
+    from grug_native.plot import PLOT_FILE, plot_runs, write_picture
+
+    folders = [Path(run) for run in arguments.runs]
+    path = folders[0] / PLOT_FILE if arguments.output is None else Path(arguments.output)
+    write_picture(plot_runs(folders), path)
+    print(path)
+
+
+def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
+    overrides = list(arguments.overrides)
+    if arguments.output_path is not None:
+        overrides.append(("output_path", arguments.output_path))
+    if arguments.text is None:
+        if arguments.name is not None:
+            raise ValueError(
+                f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
+            )
+        return config_from_dict(override(read_config_file(_config_file(arguments.config_path)), overrides))
+    from grug_native.text_run import text_run
+
+    config = text_run(Path(arguments.text), name=arguments.name)
+    return config_from_dict(override(config_to_dict(config), overrides)) if overrides else config
+
+
+def _config_file(given: str) -> Path:
+    from grug_native.run_folder import CONFIG_FILE
+
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    if not (path / CONFIG_FILE).is_file():
+        raise ValueError(f"{path} is no folder of a run: it has no {CONFIG_FILE}")
+    return path / CONFIG_FILE
+
+
+def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
+    """A run's parts, and what one of its checkpoints holds; the run may have moved since it was trained."""
+    from grug_native.job import configure_logging
+    from grug_native.saving import load_parameters
+
+    configure_logging()
+    config = replace(load_config(_config_file(arguments.run)), output_path=os.path.normpath(arguments.run))
+    parts = RunParts(config, GrugRunner(config).optimizer)
+    return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
+
+
+def _metrics_table(title: str, metrics: Mapping[str, float]) -> Table:
+    table = Table("metric", "value", title=title)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    return table
+
+
+def _results_table(config: GrugNativeRunConfig, results: "RunResults") -> Table:
+    from grug_native.plot import PLOT_FILE
+
+    table = Table("metric", "first", "last", title=f"{results.run_id} after {results.steps:,} steps")
+    for name, value in results.final.items():
+        first = results.first.get(name)
+        table.add_row(name, "" if first is None else f"{first:.4f}", f"{value:.4f}")
+    table.add_section()
+    table.add_row("tokens", "", f"{results.tokens:,}")
+    table.add_row("tokens/s", "", f"{results.tokens_per_second:,.0f}")
+    table.add_row("seconds of steps", "", f"{results.training_seconds:,.0f}")
+    table.add_row("memory of the host", "", f"{results.peak_memory_gib:.2f} GiB")
+    table.caption = f"curves: {Path(config.output_path) / PLOT_FILE}"
+    return table

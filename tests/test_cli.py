@@ -1,0 +1,279 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import pytest
+import yaml
+
+from grug_native.cli import build_parser, main, split_overrides
+from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_to_dict, save_config
+from grug_native.eval_config import GrugEvalConfig
+from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.run_folder import RunLock
+from grug_native.signals import ExitCode
+from grug_native.tracker import read_metrics
+from tests.fixtures_run import SMALL_MODEL, MakeRun, without_runtime_types
+
+if TYPE_CHECKING:
+    from levanter.data.text.datasets import LmDataConfig
+
+type Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def config_file(small_corpus: "LmDataConfig", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a run that has not begun."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = GrugNativeRunConfig(
+        model=SMALL_MODEL,
+        data=small_corpus,
+        optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=1),
+        trainer=GrugTrainerConfig(num_train_steps=9, train_batch_size=4, ema_beta=0.5, steps_per_checkpoint=2),
+        eval=GrugEvalConfig(max_eval_batches=1),
+        output_path=str(folder / "run"),
+    )
+    save_config(config, folder / "run.yaml")
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(config_file: Path) -> Path:
+    """The folder of a run that the command line has trained, with steps of its own choice."""
+    arguments = ["train", "--config_path", str(config_file), "--trainer.num_train_steps", "4"]
+    assert main(arguments) == 0
+    return config_file.parent / "run"
+
+
+def test_train_takes_overrides_and_leaves_everything_behind(trained: Path, capsys: Capture) -> None:
+    assert yaml.safe_load((trained / "config.yaml").read_text())["trainer"]["num_train_steps"] == 4
+    assert [row["step"] for row in read_metrics(trained / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert (trained / "loss.png").stat().st_size > 10_000
+    # Once more, from its own folder: there is nothing left to do, and the same table.
+    assert main(["train", "--config_path", str(trained)]) == 0
+    printed = capsys.readouterr().out
+    assert "run after 4 steps" in printed
+    assert "eval/bpb_exact" in printed
+
+
+def test_train_in_pieces(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    own = ["train", "--config_path", str(config_file), "--output_path", str(tmp_path / "pieces")]
+    own.append("--trainer.num_train_steps=4")
+    assert main([*own, "--stop_after", "3"]) == 0
+    assert "is at step 3 of 4" in capsys.readouterr().out
+    assert main([*own, "--resume_step", "2", "--stop_after", "3"]) == 0
+    assert main(own) == 0
+    whole = read_metrics(config_file.parent / "run" / "metrics.jsonl")
+    assert [row.get("train/loss") for row in read_metrics(tmp_path / "pieces" / "metrics.jsonl")] == [
+        row.get("train/loss") for row in whole
+    ]
+
+
+def test_plan_of_a_file_and_of_a_run(config_file: Path, trained: Path, capsys: Capture) -> None:
+    assert main(["plan", "--trainer.num_train_steps", "7", str(config_file)]) == 0
+    assert "1.00e-03 at 6" in capsys.readouterr().out
+    assert main(["plan", str(trained)]) == 0
+    printed = capsys.readouterr().out
+    assert "4, goes on from step 4" in printed
+    assert "the tokenizer has 300 tokens" in printed
+
+
+def test_eval_current_and_averaged(trained: Path, capsys: Capture) -> None:
+    assert main(["eval", str(trained), "--step", "2"]) == 0
+    assert "eval/caves/bpb_exact" in capsys.readouterr().out
+    assert main(["eval", str(trained), "--ema"]) == 0
+    assert "eval/ema/bpb_exact" in capsys.readouterr().out
+
+
+def test_harness_writes_a_report(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "documents.jsonl").write_text('{"text": "grug brain say"}\n' * 3)
+    task = {
+        "task": "rolling",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "documents.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "rolling.yaml").write_text(yaml.safe_dump(task))
+    assert main(["harness", str(trained), "--tasks", str(tmp_path / "rolling.yaml"), "--limit", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "lm_eval/rolling/bits_per_byte" in printed
+    report = json.loads((trained / "harness" / "step-4.json").read_text())
+    assert report["n-samples"]["rolling"]["effective"] == 2
+    assert main(["harness", str(trained)]) == ExitCode.REFUSED
+
+
+def test_sample_and_plot(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    texts: list[str] = []
+    for temperature in ("0", "0", "1.5"):
+        arguments = ["sample", str(trained), "grug brain", "--max_new_tokens", "8", "--temperature", temperature]
+        assert main(arguments) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert all(text.startswith("grug brain") for text in texts)
+    assert main(["plot", str(trained), str(trained), "--output", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_checkpoints_are_listed_shown_verified_and_compared(trained: Path, capsys: Capture) -> None:
+    assert main(["ckpt", "ls", str(trained)]) == 0
+    printed = capsys.readouterr().out
+    assert "step-4" in printed
+    assert "step-2" in printed
+    assert main(["ckpt", "show", str(trained), "--step", "2"]) == 0
+    assert "params.embed" in capsys.readouterr().out
+    assert main(["ckpt", "verify", str(trained)]) == 0
+    assert capsys.readouterr().out == "step-4: sound\nstep-2: sound\n"
+    assert main(["ckpt", "diff", str(trained), "2", "4", "--values"]) == 0
+    assert "max |a - b|" in capsys.readouterr().out
+    assert main(["ckpt", "diff", str(trained), "2", "4", "--other", str(trained / "checkpoints")]) == 0
+
+
+def test_a_damaged_checkpoint_fails_the_verification(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    copy = tmp_path / "step-2"
+    subprocess.run(["cp", "-r", str(trained / "checkpoints" / "step-2"), str(copy)], check=True)
+    largest = max((file for file in copy.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert main(["ckpt", "verify", str(tmp_path)]) == ExitCode.FAILED
+    assert "sound" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trainer.num_steps", "3"], "unknown config key trainer.num_steps: did you mean num_train_steps?"),
+        (["--trainer.num_train_steps", "many"], "num_train_steps"),
+        (["--trainer.num_train_steps", "-3"], "num_train_steps=-3 must be positive"),
+        (["--output_path.x", "1"], "output_path is"),
+        (["--trainer.mesh", "{data: [}"], "--trainer.mesh '{data: [}' is no YAML"),
+        (["--trainer.train_batch_size", "6"], "train_batch_size=6 does not divide"),
+        (["--model.vocab_size", "200"], "smaller than the 300 tokens"),
+        (["--name", "x"], "--name=x goes with --text"),
+    ],
+)
+def test_a_mistake_is_answered_in_a_line(
+    config_file: Path, tmp_path: Path, capsys: Capture, arguments: list[str], words: str
+) -> None:
+    base = ["train", "--config_path", str(config_file)]
+    if not arguments[0].startswith("--output_path"):
+        base += ["--output_path", str(tmp_path / "none")]
+    with without_runtime_types():
+        assert main([*base, *arguments]) == ExitCode.REFUSED
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.startswith("grug: ")
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "none" / "checkpoints").exists() or not any((tmp_path / "none" / "checkpoints").iterdir())
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    for command in (["sample"], ["eval"], ["plan"], ["plot"], ["ckpt", "ls"], ["ckpt", "verify"]):
+        assert main([*command, str(tmp_path)]) == ExitCode.REFUSED
+    assert main(["plan", str(tmp_path / "none.yaml")]) == ExitCode.REFUSED
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_changed_mathematics_and_a_held_lock_have_codes_of_their_own(trained: Path, capsys: Capture) -> None:
+    assert main(["train", "--config_path", str(trained), "--trainer.seed", "9"]) == ExitCode.REFUSED
+    assert "trainer.seed: stored 0, wanted 9" in capsys.readouterr().err
+    lock = RunLock(trained, "run")
+    try:
+        assert main(["train", "--config_path", str(trained), "--trainer.log_every", "2"]) == ExitCode.LOCKED
+    finally:
+        lock.release()
+
+
+def test_debug_shows_the_traceback(config_file: Path) -> None:
+    with pytest.raises(ValueError, match="num_steps"):
+        main(["train", "--debug", "--config_path", str(config_file), "--trainer.num_steps", "3"])
+
+
+def test_an_error_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_: Any) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("grug_native.commands.plot", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        main(["plot", str(tmp_path)])
+
+
+def test_errors_have_their_exit_codes() -> None:
+    from grug_native.checkpoint_metadata import CheckpointError, CheckpointMismatchError, NoUsableCheckpointError
+    from grug_native.cli_errors import explain
+    from grug_native.loop import EvaluationError, NonFiniteError
+    from grug_native.run_folder import RunLockedError
+
+    for error, code in (
+        (NoUsableCheckpointError("x"), 3),
+        (RunLockedError("x"), 4),
+        (CheckpointMismatchError("x"), 2),
+        (FileNotFoundError("x"), 2),
+        (CheckpointError("x"), 1),
+        (NonFiniteError("x"), 1),
+        (EvaluationError("x"), 1),
+        (OSError("x"), 1),
+    ):
+        assert explain(error) == (code, "x")
+    explained = explain(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"))
+    assert explained is not None
+    assert "lower trainer.train_batch_size" in explained[1]
+    assert explain(jax.errors.JaxRuntimeError("INTERNAL: x")) is None
+    assert explain(TypeError("x")) is None
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    overrides, rest = split_overrides(["plan", "--a.b", "-1", "run.yaml", "--c.d.e=x=y", "--measure", "3"])
+    assert overrides == [("a.b", "-1"), ("c.d.e", "x=y")]
+    assert rest == ["plan", "run.yaml", "--measure", "3"]
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "run", "--trainer.seed", "1"])
+    assert ended.value.code == 2
+
+
+def test_every_command_explains_itself(capsys: Capture) -> None:
+    for command in ("train", "plan", "eval", "harness", "sample", "plot", "ckpt"):
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args([command, "--help"])
+        assert ended.value.code == 0
+        assert "exit codes" in capsys.readouterr().out
+
+
+def test_light_commands_import_nothing_heavy(trained: Path) -> None:
+    for arguments in (["--help"], ["ckpt", "ls", str(trained)], ["ckpt", "verify", str(trained)]):
+        code = (
+            "import sys; from grug_native.cli import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+            "print([name for name in ('jax', 'levanter', 'orbax', 'matplotlib') if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_plan_of_a_file_does_not_import_levanter(config_file: Path) -> None:
+    code = (
+        f"import sys; from grug_native.cli import main; main(['plan', {str(config_file)!r}]); "
+        "print('levanter' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_config_with_overrides_round_trips(make_run: MakeRun) -> None:
+    from grug_native.config import config_from_dict, override
+
+    raw = config_to_dict(make_run())
+    changed = override(raw, [("trainer.mesh.data", "2"), ("optimizer.learning_rate", "1e-3"), ("eval.harness", "null")])
+    config = config_from_dict(changed)
+    assert (config.trainer.mesh.data, config.optimizer.learning_rate) == (2, 1e-3)
+    assert raw == config_to_dict(make_run())
