@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from levanter.data.dataset import ListAsyncDataset
 from levanter.data.text.examples import GrugLmExample
 from levanter.grug.attention import AttentionMask
 from levanter.tokenizers import MarinTokenizer
@@ -22,6 +23,7 @@ from lm_eval.tasks._index import TaskIndex
 from grug_native.corpus import local_text_data
 from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.eval_harness import build_harness
+from grug_native.eval_hooks import build_tagged_evaluator
 from grug_native.mesh import create_mesh
 from grug_native.model import GrugModelConfig, Transformer
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
@@ -266,6 +268,31 @@ def test_a_model_trained_on_prose_tells_good_from_bad(make_task: MakeTask, tmp_p
     trained = harness.run(Scorer(state.params, mesh, 32, 32), step=150)["lm_eval/agreement/acc"]
     assert 0.4 <= untrained <= 0.6
     assert trained > 0.9
+
+
+def test_lm_evals_own_bits_per_byte_are_ours(scorer: Scorer, tokenizer: MarinTokenizer, make_task: MakeTask) -> None:
+    texts = [
+        text
+        for text in ["ö", "日本 🐕", *(make_text(seed, 8) for seed in range(5))]
+        if len(tokenizer.encode(text)) < 64
+    ]
+    assert len(texts) >= 3 and tokenizer.eos_token_id is not None
+    task = make_task("pages", "loglikelihood_rolling", [{"text": text} for text in texts])
+    theirs = build_harness(GrugHarnessConfig(tasks=(task,)), tokenizer).run(scorer, step=0)
+    examples: list[GrugLmExample] = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        tokens = np.array([tokenizer.eos_token_id, *ids] + [0] * (63 - len(ids)), np.int32)
+        weight = (np.arange(64) < len(ids)).astype(np.float32)
+        examples.append(GrugLmExample(jnp.asarray(tokens), jnp.asarray(weight), AttentionMask.causal()))
+    ours = build_tagged_evaluator(
+        [(ListAsyncDataset(examples), ["pages"])],
+        batch_size=4,
+        mesh=scorer.mesh,
+        vocab_size=scorer.params.config.vocab_size,
+        tokenizer=tokenizer,
+    ).evaluate(scorer.params)
+    assert ours["eval/bpb_exact"] == pytest.approx(theirs["lm_eval/pages/bits_per_byte"], abs=1e-4)
 
 
 def _batch(tokenizer: MarinTokenizer, lines: list[str], step: int) -> GrugLmExample:

@@ -7,8 +7,8 @@ import pytest
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.checkpoint_metadata import CheckpointError, CheckpointMismatchError
 from grug_native.eval_config import GrugEvalConfig
-from grug_native.rotary import GrugRopeConfig
 from grug_native.parts import RunParts
+from grug_native.rotary import GrugRopeConfig
 from grug_native.run_folder import RunLockedError
 from grug_native.runner import GrugRunner
 from grug_native.saving import load_parameters, open_checkpointer

@@ -69,11 +69,11 @@ def harness_parameters(
     scorer = Scorer(
         params=params,
         mesh=parts.mesh,
-        row_length=run.model.max_seq_len,
+        row_length=run.seq_len,
         batch_size=parts.eval_batch_size if config.batch_size is None else config.batch_size,
         compute_dtype=parts.step_config.compute_dtype,
     )
-    harness = build_harness(config, parts.tokenizer)
+    harness = parts.harness if config == own and parts.harness is not None else build_harness(config, parts.tokenizer)
     with jax.set_mesh(parts.mesh):
         return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
 
@@ -99,10 +99,7 @@ class Evaluations:
         started = time.perf_counter()
         if self._parts.tagged is not None:
             self._parts.tagged.check_one_batch(state.params)
-        if self._parts.config.eval.harness is not None:
-            from grug_native.eval_harness import build_harness
-
-            build_harness(self._parts.config.eval.harness, self._parts.tokenizer)
+        _ = self._parts.harness
         self.seconds += time.perf_counter() - started
 
     def is_due(self, step: int) -> bool:

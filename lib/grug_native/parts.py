@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from levanter.schedule import BatchSchedule
     from levanter.tokenizers import MarinTokenizer
 
+    from grug_native.eval_harness import GrugHarness
     from grug_native.eval_hooks import TaggedEval
 
 
@@ -187,6 +188,19 @@ class RunParts:
             max_batches=config.eval.max_eval_batches,
             compute_dtype=self.step_config.compute_dtype,
         )
+
+    @cached_property
+    def harness(self) -> "GrugHarness | None":
+        """The tasks of lm-eval which the config names; None where it names none.
+
+        Raises:
+            ValueError: if there is no such task, or it executes code.
+        """
+        if self.config.eval.harness is None:
+            return None
+        from grug_native.eval_harness import build_harness
+
+        return build_harness(self.config.eval.harness, self.tokenizer)
 
     @property
     def eval_batch_size(self) -> int:
