@@ -206,7 +206,7 @@ def test_missing_paths_fields_and_columns_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "text": pa.array([None], pa.string())}), tmp_path / "rows.parquet")
     for path, key, message in (
         (tmp_path / "nowhere.txt", "text", r"nowhere\.txt does not exist"),
-        (tmp_path / "folder", "text", "folder holds no file with a known suffix"),
+        (tmp_path / "folder", "text", "folder holds no file with text in it and a known suffix"),
         (tmp_path / "rows.parquet", "content", r"no column 'content'; found \['body', 'text'\]"),
         (tmp_path / "rows.parquet", "text", r"rows\.parquet, row 0: the field 'text' is NoneType"),
     ):

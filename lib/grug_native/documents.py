@@ -34,7 +34,7 @@ _STDLIB_FILE_BYTES = 128 * 1024
 
 
 def find_files(domain: str, paths: Paths) -> list[Path]:
-    """Lists the files of a domain: files as given, folders recursively by name, without hidden and unknown ones.
+    """Lists the files of a domain: files as given, folders recursively by name, without hidden, unknown, empty ones.
 
     Raises:
         ValueError: if a path does not exist, a file's suffix is unknown, or there is nothing to read.
@@ -48,9 +48,12 @@ def find_files(domain: str, paths: Paths) -> list[Path]:
                 if file.suffix in SUFFIXES
                 and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
                 and file.is_file()
+                and file.stat().st_size > 0
             ]
             if not inside:
-                raise ValueError(f"{domain}: the folder {path} holds no file with a known suffix ({_known()})")
+                raise ValueError(
+                    f"{domain}: the folder {path} holds no file with text in it and a known suffix ({_known()})"
+                )
             files += inside
         elif not path.exists():
             raise ValueError(f"{domain}: {path} does not exist")

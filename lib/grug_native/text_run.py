@@ -88,11 +88,8 @@ def text_domains(path: Path) -> dict[str, list[Path]]:
         ValueError: if there are none.
     """
     kinds: dict[str, list[Path]] = {}
-    for file in find_files(str(path), path):
-        if file.stat().st_size:
-            kinds.setdefault(file.suffix.removeprefix("."), []).append(file)
-    if not kinds:
-        raise ValueError(f"{path} holds empty files only")
+    for file in find_files("--text", path):
+        kinds.setdefault(file.suffix.removeprefix("."), []).append(file)
     sizes = {kind: sum(file.stat().st_size for file in files) for kind, files in kinds.items()}
     enough = max(_SMALLEST_DOMAIN, _SMALLEST_SHARE * sum(sizes.values()))
     largest = max(sizes, key=lambda kind: (sizes[kind], kind))

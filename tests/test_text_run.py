@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from grug_native.config import config_from_dict, config_to_dict
+from grug_native.metrics import parameter_counts
+from grug_native.runner import GrugRunner
+from grug_native.text_run import choose_model, choose_steps, text_domains, text_run
+from tests.fixtures_data import make_text
+
+
+def write(folder: Path, name: str, size: int) -> None:
+    folder.mkdir(exist_ok=True, parents=True)
+    text = make_text(len(name), 2000).encode("ascii", "replace").decode()
+    (folder / name).write_text(f"{name}\n" + (text * (size // len(text) + 1))[: size - len(name) - 1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Much Python, some Markdown, and a little of two other kinds."""
+    for number in range(8):
+        write(tmp_path / "my notes" / "code", f"{number}.py", 40_000)
+    write(tmp_path / "my notes", "a.md", 120_000)
+    write(tmp_path / "my notes", "b.md", 20_000)
+    write(tmp_path / "my notes", "c.txt", 30_000)
+    write(tmp_path / "my notes", "d.rst", 5_000)
+    (tmp_path / "my notes" / "empty.txt").write_text("")
+    (tmp_path / "my notes" / "picture.png").write_bytes(b"\x89PNG")
+    return tmp_path / "my notes"
+
+
+def test_kinds_of_little_text_are_no_domains_of_their_own(folder: Path) -> None:
+    domains = text_domains(folder)
+    assert {name: len(files) for name, files in domains.items()} == {"py": 10, "md": 2}
+    assert {file.name for file in domains["py"]} >= {"c.txt", "d.rst", "7.py"}
+
+
+def test_a_run_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    config = text_run(folder, runs=tmp_path / "runs")
+    assert Path(config.output_path) == tmp_path / "runs" / "my-notes"
+    assert config.data.train_weights == {"py": pytest.approx(355 / 495), "md": pytest.approx(140 / 495)}
+    assert config.trainer.batch_size_at(0) % 4 == 0
+    assert len(config.eval.sample_prompts) == 2
+    assert all(0 < len(prompt) <= 40 for prompt in config.eval.sample_prompts)
+    # The same text makes the same run; a plan finds nothing wrong with it; there is something held out of each domain.
+    assert config_to_dict(text_run(folder, runs=tmp_path / "runs")) == config_to_dict(config)
+    assert config_from_dict(config_to_dict(config)) == config
+    runner = GrugRunner(config)
+    vocabulary = runner.plan().vocabulary
+    assert vocabulary is not None
+    assert 300 < vocabulary <= config.model.vocab_size
+    assert runner.batch(0).tokens.shape == (8, 256)
+    assert Path(text_run(folder, name="other", runs=tmp_path / "runs").output_path).name == "other"
+
+
+def test_one_file_is_a_domain(tmp_path: Path) -> None:
+    write(tmp_path, "verses.txt", 200_000)
+    config = text_run(tmp_path / "verses.txt", runs=tmp_path / "runs")
+    assert list(config.data.components) == ["txt"]
+    assert Path(config.output_path).name == "verses"
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "few", "a.txt", 5_000)
+    with pytest.raises(ValueError, match=r"few holds 5,000 bytes of text: a model needs some more"):
+        text_run(tmp_path / "few", runs=tmp_path / "runs")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no file with text in it"):
+        text_run(tmp_path / "none", runs=tmp_path / "runs")
+    with pytest.raises(ValueError, match="does not exist"):
+        text_run(tmp_path / "nowhere", runs=tmp_path / "runs")
+
+
+def test_models_grow_with_the_text_and_not_on_a_cpu() -> None:
+    sizes = [parameter_counts(choose_model(10**n, on_cpu=False))["total"] for n in range(5, 11)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 3e6 < 1e8 < sizes[-1]
+    for power in range(6, 10):
+        assert parameter_counts(choose_model(10**power, on_cpu=False))["total"] <= max(4 * 10**power / 20, 3e6)
+    assert choose_model(10**9, on_cpu=True).hidden_dim == 128
+
+
+def test_steps_show_the_text_a_few_times_within_what_a_cpu_can_do() -> None:
+    assert choose_steps(10_000, 2048) == 100
+    assert choose_steps(100_000, 2048) == 195
+    assert choose_steps(10**9, 2048) == choose_steps(10**12, 2048) <= 256 * 16
