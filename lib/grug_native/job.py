@@ -1,4 +1,4 @@
-"""A whole run as a job: `python -m grug_native.job CONFIG.yaml` in each process of a cluster, or a call in this one.
+"""A whole run as a job: `python -m grug_native.job --config=FILE` in each process of a cluster, or a call in this one.
 
 SLURM, TPU pods and Iris are found by levanter's `DistributedConfig`. Elsewhere, several processes are told of each
 other by `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
@@ -69,9 +69,9 @@ def _check_tokenizer(config: GrugNativeRunConfig) -> None:
         _ = config.data.the_tokenizer
     except OSError as error:
         raise ValueError(
-            f"data.tokenizer={config.data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {error}). Give the folder of a tokenizer.json, connect to the network (and log "
-            "in, if the tokenizer asks for it), or train on a local corpus, which brings its own"
+            f"data.tokenizer={config.data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face "
+            f"hub ({type(error).__name__}: {error}). Give the folder of a tokenizer.json, connect to the network (and "
+            "log in, if the tokenizer asks for it), or train on a local corpus, which brings its own"
         ) from error
 
 
@@ -84,7 +84,7 @@ def configure_logging() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what a config file says, as one process of a job."""
     parser = argparse.ArgumentParser(prog="python -m grug_native.job", description=main.__doc__)
-    parser.add_argument("config", type=Path, help="YAML file of the run, as in a run's folder")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run, as in a run's folder")
     parsed = parser.parse_args(arguments)
     configure_logging()
     initialize_distributed()

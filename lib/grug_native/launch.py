@@ -2,7 +2,7 @@
 
 A step is `name@version`. A `dev` version belongs to the user, runs again each time, and goes on from its newest
 checkpoint; a dated one (`YYYY.MM.DD`) runs once and is then served from disk. Nothing is pickled on the way to a
-cluster: a job is `python -m grug_native.job CONFIG.yaml`, its folder being on a disk that all machines share.
+cluster: a job is `python -m grug_native.job --config=FILE`, its folder being on a disk that all machines share.
 
 Importing this module imports marin and levanter, which takes ten seconds.
 """
@@ -235,7 +235,7 @@ def _run_as_job(config: GrugNativeRunConfig, resources: ResourceConfig, folder: 
         JobRequest(
             # The name is the run's: a driver that is started again finds its job, rather than start a second one.
             name=sanitize_job_name(config.run_id),
-            entrypoint=Entrypoint.from_binary("python", ["-m", "grug_native.job", str(job_config)]),
+            entrypoint=Entrypoint.from_binary("python", ["-m", "grug_native.job", f"--config={job_config}"]),
             resources=resources,
             environment=create_environment(extras=extras_for_resources(resources), env_vars=environment),
             max_retries_failure=_TASK_RETRIES,
