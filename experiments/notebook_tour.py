@@ -19,7 +19,9 @@ from grug_native import (
 )
 from grug_native.corpus import embedded_corpus
 from grug_native.debug import first_nonfinite
+from grug_native.job import configure_logging
 
+configure_logging()
 shutil.rmtree("runs/tour", ignore_errors=True)
 config = GrugNativeRunConfig(
     model=replace(MODEL_PRESETS["tiny"], num_layers=2, max_seq_len=128),
@@ -48,8 +50,8 @@ print(f"loss {float(metrics.loss):.3f}, gradient norm {float(metrics.grad_norm):
 
 # %% Looking inside: gradients and activations by module, an array over the layers for what is in a block.
 norms = runner.norms(state, batch)
-print({name: value.round(4).tolist() for name, value in norms.gradients.items()})
-print({name: value.round(4).tolist() for name, value in norms.activations.items()})
+print({name: value.astype(float).round(4).tolist() for name, value in norms.gradients.items()})
+print({name: value.astype(float).round(4).tolist() for name, value in norms.activations.items()})
 print("not finite:", first_nonfinite(state))
 
 # %% The computation itself, as text.

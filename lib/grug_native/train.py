@@ -81,8 +81,11 @@ def lower_train_step(
         batch: likewise.
         config: loss and averaging.
     """
-    step = jax.jit(lambda state, batch: _update((optimizer, batch, config), state), donate_argnums=0)
-    return step.lower(state, batch)
+
+    def train_step(state: GrugTrainState, batch: LmBatch) -> tuple[GrugTrainState, StepMetrics]:
+        return _update((optimizer, batch, config), state)
+
+    return jax.jit(train_step, donate_argnums=0).lower(state, batch)
 
 
 def _update(
