@@ -270,10 +270,12 @@ def test_plan_of_a_file_does_not_import_levanter(config_file: Path) -> None:
 
 
 def test_a_config_with_overrides_round_trips(make_run: MakeRun) -> None:
-    from grug_native.config import config_from_dict, override
+    from grug_native.config import config_from_dict, with_overrides
 
     raw = config_to_dict(make_run())
-    changed = override(raw, [("trainer.mesh.data", "2"), ("optimizer.learning_rate", "1e-3"), ("eval.harness", "null")])
+    changed = with_overrides(
+        raw, [("trainer.mesh.data", "2"), ("optimizer.learning_rate", "1e-3"), ("eval.harness", "null")]
+    )
     config = config_from_dict(changed)
     assert (config.trainer.mesh.data, config.optimizer.learning_rate) == (2, 1e-3)
     assert raw == config_to_dict(make_run())

@@ -156,3 +156,10 @@ def test_a_config_is_named_after_its_folder(make_run: MakeRun) -> None:
     assert make_run(trainer={"run_id": "other"}).run_id == "other"
     assert make_run().seq_len == SMALL_MODEL.max_seq_len
     assert make_run(trainer={"train_seq_len": 16}).seq_len == 16
+
+
+def test_a_config_is_readable_when_printed(make_run: MakeRun) -> None:
+    text = repr(make_run())
+    assert max(map(len, text.splitlines())) < 140
+    assert "learning_rate=0.01" in text
+    assert text.startswith("model: GrugModelConfig(")

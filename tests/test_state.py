@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -36,3 +37,12 @@ def test_optimizer_state_lies_like_the_parameters() -> None:
     np.testing.assert_array_equal(state.params.embed, alone.params.embed)
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (300, 32)]
     assert specs == [jax.P("model", "data")] * 2
+
+
+def test_a_state_is_short_to_print() -> None:
+    state = init()
+    sizes = "params: 34,720 numbers, opt_state: 69,442 numbers, ema_params: 0 numbers"
+    assert repr(state) == f"GrugTrainState(step=0, {sizes})"
+    assert repr(eqx.filter_eval_shape(lambda: state)) == f"GrugTrainState(step=?, {sizes})"
+    state.step.delete()
+    assert repr(state) == f"GrugTrainState(step=deleted, {sizes})"

@@ -19,8 +19,8 @@ from grug_native.config import (
     config_from_dict,
     config_to_dict,
     load_config,
-    override,
     read_config_file,
+    with_overrides,
 )
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
@@ -52,7 +52,7 @@ def plan(arguments: argparse.Namespace) -> None:
     """Prints a run's plan."""
     from grug_native.plan import DataSketch
 
-    raw = override(read_config_file(_config_file(arguments.config)), arguments.overrides)
+    raw = with_overrides(read_config_file(_config_file(arguments.config)), arguments.overrides)
     if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
         raw["data"] = DataSketch.of(raw["data"])
     runner = GrugRunner(config_from_dict(raw))
@@ -118,11 +118,11 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
             )
-        return config_from_dict(override(read_config_file(_config_file(arguments.config_path)), overrides))
+        return config_from_dict(with_overrides(read_config_file(_config_file(arguments.config_path)), overrides))
     from grug_native.text_run import text_run
 
     config = text_run(Path(arguments.text), name=arguments.name)
-    return config_from_dict(override(config_to_dict(config), overrides)) if overrides else config
+    return config_from_dict(with_overrides(config_to_dict(config), overrides)) if overrides else config
 
 
 def _config_file(given: str) -> Path:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, override
 
 import draccus
+import equinox as eqx
 import yaml
 
 from grug_native.eval_config import GrugEvalConfig
@@ -117,7 +118,7 @@ class GrugTrainerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GrugNativeRunConfig:
     """Everything that a run is made of. Fed back from a run's `config.yaml`, it makes the same run again."""
 
@@ -147,6 +148,10 @@ class GrugNativeRunConfig:
                 f"trainer.run_id={self.run_id!r} must be letters, digits, '.', '_' and '-', at most 128, the first a "
                 "letter or digit; unset, it is the last part of output_path"
             )
+
+    @override
+    def __repr__(self) -> str:
+        return "\n".join(f"{field.name}: {eqx.tree_pformat(getattr(self, field.name))}" for field in fields(self))
 
     @property
     def seq_len(self) -> int:
@@ -274,7 +279,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return dict(cast(Mapping[str, Any], raw))
 
 
-def override(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Sets fields of a config's sections by their dotted names.
 
     Args:

@@ -1,9 +1,12 @@
 """The whole state of a run between two steps: one pytree of arrays."""
 
+from typing import override
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from grug_native.model import GrugModelConfig, Transformer
@@ -23,6 +26,18 @@ class GrugTrainState(eqx.Module):
     """Base key of the run; the key of a step is `fold_in(training_key, step)`."""
     ema_params: Transformer | None
     """Exponential moving average of the parameters, when the run keeps one."""
+
+    @override
+    def __repr__(self) -> str:
+        # While tracing, or as an abstract array, the step has no number yet.
+        concrete = eqx.is_array(self.step) and not isinstance(self.step, Tracer)
+        step = "?" if not concrete else "deleted" if self.step.is_deleted() else int(self.step)
+        sizes = ", ".join(f"{n}: {_numbers(getattr(self, n)):,} numbers" for n in ("params", "opt_state", "ema_params"))
+        return f"GrugTrainState(step={step}, {sizes})"
+
+
+def _numbers(tree: object) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @eqx.filter_jit
