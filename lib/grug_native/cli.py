@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = parsed.command
     try:
         return getattr(import_module(f"grug_native.{module}"), function)(parsed) or 0
+    except KeyboardInterrupt:  # Before there was anything to save; the training loop has a way of its own.
+        return 130
     except Exception as error:
         from grug_native.cli_errors import explain
 

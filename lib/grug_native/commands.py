@@ -41,7 +41,8 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.stop_after is not None or arguments.resume_step is not None:
         state = GrugRunner(config).fit(stop_after=arguments.stop_after, resume_step=arguments.resume_step)
         if arguments.stop_after is not None:
-            print(f"{config.output_path} is at step {int(state.step)} of {config.trainer.num_train_steps}")
+            if jax.process_index() == 0:
+                print(f"{config.output_path} is at step {int(state.step)} of {config.trainer.num_train_steps}")
             return
     results = train_to_results(config)
     if jax.process_index() == 0:

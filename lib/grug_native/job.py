@@ -79,6 +79,8 @@ def configure_logging() -> None:
     """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("grug_native").setLevel(logging.INFO)
+    # levanter warns of each evaluation batch that is not there at once.
+    logging.getLogger("levanter.data.loader").setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
