@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
@@ -58,6 +59,8 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
             return found
     _check_tokenizer(config)
     GrugRunner(config).fit()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("grug-run-is-on-disk")  # The others may be here before process 0 has saved.
     results = summarize_run(config)
     if jax.process_index() == 0:
         logger.info("finished after %d steps: %s", results.steps, write_results(results, folder))
