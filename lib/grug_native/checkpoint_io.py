@@ -7,6 +7,7 @@ killed.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,16 +127,17 @@ class OrbaxCheckpointIO:
                 try:
                     fault_point("mid_write", metadata.step, process=process)
                 finally:
-                    response.result()  # even after a failure: nobody may write there once we clean up
+                    # Even after a failure: nobody may write there once we clean up.
+                    _wait_for_write(response.result, path)
                 texts, not_finite = finish_digests(digests)
                 if poisoned := [name for name in not_finite if name.startswith(("params.", "ema_params."))]:
                     raise NonFiniteStateError(f"step {metadata.step} is not saved: {', '.join(poisoned)} is not finite")
                 if process == 0:
                     complete = replace(metadata, leaves={n: replace(r, digest=texts[n]) for n, r in records.items()})
                     _publish(hidden, path, complete)
-            except BaseException:
+            except BaseException as error:
                 if process == 0:
-                    sweep_leftovers(path.parent, metadata.run_id)
+                    _clean_up(path.parent, metadata.run_id, error)
                 raise
 
         return commit
@@ -219,6 +221,21 @@ def _load(path: Path, metadata: CheckpointMetadata, wanted: Mapping[str, Leaf]) 
         if not verify_files(path, metadata):
             raise CheckpointError(f"{path} is sound on disk, and yet not once on the devices: {error}") from error
         raise
+
+
+def _wait_for_write(result: Callable[[], object], path: Path) -> None:
+    try:
+        result()
+    except Exception as error:  # TensorStore raises a ValueError for a full disk, and it is no mistake in a config
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(f"{path} could not be written; its disk has {free} bytes free: {error}") from error
+
+
+def _clean_up(folder: Path, run_id: str, error: BaseException) -> None:
+    try:
+        sweep_leftovers(folder, run_id)
+    except OSError as late:  # threads of Orbax may still write there; the next start of the run cleans up
+        error.add_note(f"what was written of it is still there: {late!r}")
 
 
 def _publish(hidden: Path, path: Path, metadata: CheckpointMetadata) -> None:

@@ -237,6 +237,8 @@ class _StepLog:
         if trainer.nonfinite == "skip" and self._skipped <= trainer.max_skipped_steps:
             logger.warning("%s; skipped (%d of at most %d)", what, self._skipped, trainer.max_skipped_steps)
             return
+        logger.error("%s", what)
+        self._checkpointer.wait()
         saved = committed_steps(self._checkpointer.folder)
         last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
         way_out = (

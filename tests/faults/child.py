@@ -1,0 +1,85 @@
+"""What a forked process does: one `fit()` as a script would run it.
+
+This module is imported once, into the fork server; so it imports all that a run needs, and uses no device.
+"""
+
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+from levanter.optim.config import OptimizerConfig as OptimizerConfig
+from levanter.tracker import TrackerConfig as TrackerConfig
+from orbax.checkpoint import v1 as ocp
+
+from grug_native import corpus_store, data, eval_hooks, loop, plot, sample, saving, token_cache
+from grug_native.cli_errors import explain
+from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
+from grug_native.corpus import local_text_data
+from grug_native.eval_config import GrugEvalConfig
+from grug_native.job import configure_logging, initialize_distributed
+from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.runner import GrugRunner
+from grug_native.signals import ExitCode
+from tests.faults.runs import NUM_STEPS, Job
+from tests.fixtures_data import make_text
+from tests.fixtures_run import SMALL_MODEL
+
+PRELOADED = (corpus_store, data, eval_hooks, loop, ocp, plot, sample, saving, token_cache)
+
+
+def fit(job: Job) -> None:
+    """Runs `fit()`, and ends the process as a script does."""
+    descriptor = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(job.environment)
+    os.environ.setdefault("NPROC", "16")
+    jax.config.update("jax_num_cpu_devices", job.devices)
+    if job.xla_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(job.xla_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    configure_logging()
+    if job.largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
+    try:
+        initialize_distributed()
+        GrugRunner(load_config(job.config)).fit(stop_after=job.stop_after, resume_step=job.resume_step)
+    except Exception as error:  # noqa: BLE001 - this is where the script ends
+        traceback.print_exc()
+        found = explain(error)
+        sys.exit(ExitCode.FAILED if found is None else found[0])
+
+
+def make_base_runs(folder: Path) -> None:
+    """Writes the texts, their token caches, and `plain.yaml` and `eval.yaml` under `folder`."""
+    for domain, first, number in (("caves", 0, 12), ("clubs", 100, 6)):
+        (folder / domain).mkdir()
+        for seed in range(first, first + number):
+            (folder / domain / f"{seed}.txt").write_text(make_text(seed, 400))
+    for name, fraction in (("plain", 0.0), ("eval", 0.2)):
+        corpus = local_text_data(
+            {"caves": folder / "caves", "clubs": folder / "clubs"},
+            cache_dir=folder / f"corpus-{name}",
+            vocab_size=300,
+            validation_fraction=fraction,
+            mixture_block_size=8,
+        )
+        evaluated = fraction > 0
+        config = GrugNativeRunConfig(
+            model=SMALL_MODEL,
+            data=corpus,
+            optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=2),
+            trainer=GrugTrainerConfig(
+                num_train_steps=NUM_STEPS,
+                train_batch_size=4,
+                steps_per_checkpoint=2,
+                minutes_per_temporary_checkpoint=None,
+                ema_beta=0.9 if evaluated else None,
+            ),
+            eval=GrugEvalConfig(steps_per_eval=2 if evaluated else None, max_eval_batches=1),
+            output_path=str(folder / "runs" / name),
+        )
+        save_config(config, folder / f"{name}.yaml")

@@ -1,0 +1,145 @@
+"""F1 to F5, F14, F27, F35: processes that end when they should not, or are asked to, or are two."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grug_native.run_folder import committed_steps
+from tests.faults.runs import DEADLINE, NUM_STEPS, ForkServer, Run
+
+KILL_POINTS = "compile:0 data:3 fetch:5 step:3 log:3 pre_save:4 after_d2h:4 mid_write:4 pre_commit:4 post_commit:4"
+SOON = 1e-9
+"""Minutes: a temporary checkpoint whenever the one before is done."""
+
+
+@pytest.mark.parametrize("point", [*KILL_POINTS.split(), "mid_gc:*"])
+def test_f02_sigkill_at_each_point(point: str, run: Run, whole: Run) -> None:
+    in_gc = point.startswith("mid_gc")
+    if in_gc:
+        run.edit({"trainer.minutes_per_temporary_checkpoint": SOON, "trainer.steps_per_checkpoint": None})
+    run.fit(f"kill@{point}").expect(-signal.SIGKILL)
+    before = run.steps
+    run.fit().expect(0, f"resuming from {run.step(before[0])}" if before else "starting from scratch")
+    run.expect_equal(whole)
+    assert run.names() == ([f"step-{NUM_STEPS}"] if in_gc else whole.names())
+
+
+@pytest.mark.slow_faults
+def test_f01_sigkill_at_random_moments(run: Run, whole: Run) -> None:
+    rng = random.Random(1)
+    run.edit({"trainer.minutes_per_temporary_checkpoint": SOON, "trainer.steps_per_checkpoint": None})
+    for _ in range(50):
+        before = run.steps if run.checkpoints.exists() else []
+        process = run.start(stop_after=NUM_STEPS - 1)
+        time.sleep(rng.uniform(0, 4))
+        process.send(signal.SIGKILL)
+        process.wait()
+        after = run.steps if run.checkpoints.exists() else []
+        assert not before or after[0] >= before[0]
+        assert len(run.names() if run.checkpoints.exists() else []) <= 3
+    run.fit().expect(0)
+    run.expect_equal(whole)
+    assert run.names() == [f"step-{NUM_STEPS}"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "reached"),
+    [
+        ("term@compile:0", 143, 1),
+        ("term@data:3", 143, 4),
+        ("int@step:3", 130, 4),
+        ("term@pre_save:4", 143, 4),
+        ("term@mid_write:4", 143, 4),
+        ("term@mid_write:8", 143, 8),
+    ],
+)
+def test_f03_a_signal_saves_at_the_next_boundary(fault: str, code: int, reached: int, run: Run, whole: Run) -> None:
+    run.fit(fault).expect(code)
+    assert run.steps[0] >= reached
+    run.fit().expect(0)
+    assert run.record() == whole.record() and run.digests() == whole.digests()
+
+
+def test_f03_a_signal_during_an_evaluation(server: ForkServer, whole_eval: Run, run: Run) -> None:
+    run = server.run(run.folder, base="eval")
+    run.fit("term@eval:2").expect(143)
+    assert run.steps[0] == 3
+    run.fit().expect(0)
+    assert run.record() == whole_eval.record() and run.digests() == whole_eval.digests()
+
+
+def test_f27_a_signal_while_the_data_hang(run: Run, whole: Run) -> None:
+    process = run.start("sleep@fetch:5")
+    process.until(lambda: 4 in committed_steps(run.checkpoints))
+    process.send(signal.SIGTERM)
+    process.wait(30).expect(143)
+    assert run.steps[0] == 5
+    run.fit().expect(0)
+    assert run.record() == whole.record() and run.digests() == whole.digests()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_f04_the_second_signal_ends_it_at_once(number: signal.Signals, run: Run, whole: Run) -> None:
+    process = run.start(f"{'term' if number == signal.SIGTERM else 'int'}@step:3,sleep@mid_write:4")
+    process.until(lambda: list(run.checkpoints.glob(".saving-run-step-4*")))
+    process.send(number)
+    process.wait(10).expect(128 + number)
+    assert run.steps == [2]
+    run.fit().expect(0)
+    run.expect_equal(whole)
+    assert run.names() == whole.names()
+
+
+def test_f04_sighup_is_a_kill(run: Run, whole: Run) -> None:
+    process = run.start("sleep@step:5")
+    process.until(lambda: 4 in committed_steps(run.checkpoints))
+    process.send(signal.SIGHUP)
+    process.wait(10).expect(-signal.SIGHUP)
+    run.fit().expect(0)
+    run.expect_equal(whole)
+
+
+def test_f05_an_error_in_the_loop_comes_after_the_save_under_way(run: Run, whole: Run) -> None:
+    said = run.fit("raise@step:4").expect(1, "InjectedFaultError: raise@step:4 struck at step, step 4")
+    assert said.index("Traceback") == said.rindex("Traceback")
+    assert run.steps == [4, 2]
+    run.fit().expect(0)
+    run.expect_equal(whole)
+
+
+def test_f05_a_process_that_ends_right_after_its_last_save(run: Run) -> None:
+    """Not a fork, but the interpreter's own way to its end."""
+    code = "import sys; from pathlib import Path; from grug_native.config import load_config;"
+    code += "from grug_native.runner import GrugRunner; GrugRunner(load_config(Path(sys.argv[1]))).fit(stop_after=1)"
+    command = [sys.executable, "-c", code, str(run.config)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 0, ended.stderr
+    assert run.names() == ["step-1"] and run.digests()
+
+
+def test_f14_a_second_process_is_refused_until_the_first_is_gone(run: Run, whole: Run) -> None:
+    first = run.start("sleep@step:3")
+    first.until(lambda: 2 in committed_steps(run.checkpoints))
+    run.fit().expect(4, f'"pid": {first.pid}', "give another output_path")
+    first.send(signal.SIGKILL)
+    first.wait().expect(-signal.SIGKILL)
+    run.fit().expect(0)
+    run.expect_equal(whole)
+
+
+def test_f35_permanents_and_the_newest_survive_any_sequence_of_kills(run: Run, whole: Run) -> None:
+    run.edit({"trainer.minutes_per_temporary_checkpoint": SOON, "trainer.steps_per_checkpoint": 3})
+    due = {3, 6}
+    for fault in ("kill@mid_write:2", "kill@mid_gc:*", "kill@post_commit:5", "kill@pre_commit:7"):
+        before = run.steps if run.checkpoints.exists() else []
+        run.fit(fault).expect(-signal.SIGKILL)
+        assert run.steps[:1] >= before[:1]
+        assert {step for step in due if run.steps and step < run.steps[0]} <= set(run.steps)
+        assert len(set(run.steps) - due) <= 2
+    run.fit().expect(0)
+    assert run.names() == ["step-3", "step-6", f"step-{NUM_STEPS}"]
+    run.expect_equal(whole)
