@@ -6,7 +6,7 @@ Nothing heavy is imported before a command needs it: `--help` and `ckpt` answer 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _DESCRIPTION = """\
@@ -82,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grug", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = parser.add_subparsers(metavar="COMMAND", required=True).add_parser
 
     train = _add(
-        commands,
+        add,
         "train",
         "train a run, from its newest checkpoint if it has one",
         ("commands", "train"),
@@ -107,15 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
-    plan = _add(commands, "plan", "work a run out, before anything runs", ("commands", "plan"), overrides=True)
+    plan = _add(add, "plan", "work a run out, before anything runs", ("commands", "plan"), overrides=True)
     plan.add_argument("config", metavar="CONFIG|RUN", help="YAML of a run, or a run's folder")
     plan.add_argument("--compile", action="store_true", help="compile the train step, for its memory")
     plan.add_argument("--measure", type=int, default=0, metavar="STEPS", help="train a few steps, for their speed")
 
-    evaluate = _add(commands, "eval", "evaluate a checkpoint on the held-out sets of its run", ("commands", "evaluate"))
+    evaluate = _add(add, "eval", "evaluate a checkpoint on the held-out sets of its run", ("commands", "evaluate"))
     _add_checkpoint(evaluate)
 
-    harness = _add(commands, "harness", "run tasks of lm-eval on a checkpoint", ("commands", "harness"))
+    harness = _add(add, "harness", "run tasks of lm-eval on a checkpoint", ("commands", "harness"))
     _add_checkpoint(harness)
     harness.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="names, or YAML files (default: those of the run's config)"
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     harness.add_argument("--include_path", metavar="FOLDER", help="where YAML files define tasks by name")
     harness.add_argument("--batch_size", type=int, help="rows of a forward pass")
 
-    sample = _add(commands, "sample", "continue a text with a checkpoint", ("commands", "sample"))
+    sample = _add(add, "sample", "continue a text with a checkpoint", ("commands", "sample"))
     _add_checkpoint(sample)
     sample.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
     sample.add_argument("--max_new_tokens", type=int, default=128, help="(default: 128)")
@@ -133,22 +133,22 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--top_k", type=int, help="draw among so many likeliest tokens")
     sample.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
 
-    plot = _add(commands, "plot", "draw the curves of runs, over each other", ("commands", "plot"))
+    plot = _add(add, "plot", "draw the curves of runs, over each other", ("commands", "plot"))
     plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plot.add_argument("--output", metavar="FILE", help="picture to write (default: loss.png in the first run's folder)")
 
-    ckpt = commands.add_parser("ckpt", help="list, show, verify and compare checkpoints", epilog=_EXIT_CODES)
-    actions = ckpt.add_subparsers(metavar="ACTION", required=True)
-    _add_run(_add(actions, "ls", "list a run's checkpoints", ("checkpoint_commands", "list_all")))
-    show = _add(actions, "show", "print all that a checkpoint says about itself", ("checkpoint_commands", "show"))
+    ckpt = add("ckpt", help="list, show, verify and compare checkpoints", epilog=_EXIT_CODES)
+    action = ckpt.add_subparsers(metavar="ACTION", required=True).add_parser
+    _add_run(_add(action, "ls", "list a run's checkpoints", ("checkpoint_commands", "list_all")))
+    show = _add(action, "show", "print all that a checkpoint says about itself", ("checkpoint_commands", "show"))
     _add_run(show)
     show.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     verify = _add(
-        actions, "verify", "read checkpoints, and compare them with their digests", ("checkpoint_commands", "verify")
+        action, "verify", "read checkpoints, and compare them with their digests", ("checkpoint_commands", "verify")
     )
     _add_run(verify)
     verify.add_argument("--step", type=int, help="which checkpoint (default: all)")
-    diff = _add(actions, "diff", "compare two checkpoints", ("checkpoint_commands", "diff"))
+    diff = _add(action, "diff", "compare two checkpoints", ("checkpoint_commands", "diff"))
     _add_run(diff)
     diff.add_argument("a", type=int, metavar="STEP", help="one of the run's checkpoints")
     diff.add_argument("b", type=int, metavar="STEP", help="another; of OTHER, if it is given")
@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",  # pyright: ignore[reportPrivateUsage]
+    add_parser: Callable[..., argparse.ArgumentParser],
     name: str,
     help: str,
     command: tuple[str, str],
@@ -168,7 +168,7 @@ def _add(
     words = f"{help[0].upper()}{help[1:]}."
     if overrides:
         words += " Any field of the config can be set as in --trainer.num_train_steps 200."
-    parser = commands.add_parser(name, help=help, description=words, epilog=_EXIT_CODES, allow_abbrev=False)
+    parser = add_parser(name, help=help, description=words, epilog=_EXIT_CODES, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command, takes_overrides=overrides)
     return parser
