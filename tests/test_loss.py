@@ -60,7 +60,9 @@ def test_both_implementations_have_the_same_gradient() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [MeshAxes(data=4), MeshAxes(data=2, model=2)])
+@pytest.mark.parametrize(
+    "axes", [MeshAxes(data=4), MeshAxes(data=2, model=2), MeshAxes(replica_dcn=2, data=2)], ids=lambda axes: str(axes)
+)
 @pytest.mark.parametrize("name", ["full", "blockwise"])
 def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> None:
     batch, model = make_batch(), model_with(name)

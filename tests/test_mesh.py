@@ -1,8 +1,20 @@
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jaxtyping import Array
 
-from grug_native.mesh import AXIS_NAMES, MeshAxes, batch_sharding, constrain, create_mesh, explicit_mesh, out_sharding
+from grug_native.mesh import (
+    AXIS_NAMES,
+    MeshAxes,
+    batch_sharding,
+    constrain,
+    create_mesh,
+    explicit_mesh,
+    gather,
+    out_sharding,
+)
 
 
 def test_axes_are_explicit_and_one_fills_up() -> None:
@@ -52,3 +64,34 @@ def test_the_helpers_lay_out_under_a_mesh() -> None:
         assert explicit_mesh()
         x = jax.device_put(jax.numpy.ones((4, 2)), batch_sharding(mesh))
         assert jax.typeof(constrain(x, None, None)).sharding.spec == jax.P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "home", "whole"),
+    [
+        (MeshAxes(data=4), ("data", "model"), (None, "model")),
+        (MeshAxes(data=2, model=2), ("model", "data"), (None, None)),
+        (MeshAxes(replica_dcn=2, data=2), ("data", "model"), (None, "model")),
+        (MeshAxes(data=1, model=4), ("data", "model"), (None, "model")),
+    ],
+)
+def test_a_gathered_weight_is_whole_and_its_gradient_comes_home(
+    axes: MeshAxes, home: tuple[str, ...], whole: tuple[str | None, ...]
+) -> None:
+    x, weight = jax.random.normal(jax.random.key(0), (8, 4)), jax.random.normal(jax.random.key(1), (4, 8))
+
+    def loss(weight: Array, x: Array) -> Array:
+        gathered = gather(weight, *whole)
+        assert not explicit_mesh() or jax.typeof(gathered).sharding.spec.partitions == whole
+        return jnp.sum(jnp.tanh(x @ gathered))
+
+    expected = jax.grad(loss)(weight, x)
+    mesh = create_mesh(8, axes)
+    with jax.set_mesh(mesh):
+        placed = (constrain(weight, *home), jax.device_put(x, batch_sharding(mesh)))
+        compiled = jax.jit(jax.grad(loss)).lower(*placed).compile()
+        gradient = compiled(*placed)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    assert jax.typeof(gradient).sharding.spec == jax.P(*home)
+    text = compiled.as_text()
+    assert text is not None and ("reduce-scatter(" in text) == (axes.data > 1)

@@ -14,7 +14,7 @@ from beartype import beartype
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh
+from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, gather
 from grug_native.model import CrossEntropyName, Transformer, cast_parameters
 from grug_native.types import LmBatch, Scalar
 
@@ -74,7 +74,7 @@ def per_token_loss(
     model = cast_parameters(params, compute_dtype)
     hidden, labels = model(batch.tokens, batch.attn_mask), _labels(batch)
     if _implementation(params, batch) == "full":
-        return _full_losses(hidden, constrain(model.lm_head, None, "model"), labels)[0]
+        return _full_losses(hidden, gather(model.lm_head, None, "model"), labels)[0]
 
     def local(
         hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"]
@@ -100,7 +100,7 @@ def next_token_loss(
     model = cast_parameters(params, compute_dtype)
     hidden, labels, weight = model(batch.tokens, batch.attn_mask), _labels(batch), batch.loss_weight
     if _implementation(params, batch) == "full":
-        nats, log_z = _full_losses(hidden, constrain(model.lm_head, None, "model"), labels)
+        nats, log_z = _full_losses(hidden, gather(model.lm_head, None, "model"), labels)
         total = jnp.sum(weight * (nats + z_loss_weight * jnp.square(log_z)))
     else:
 
@@ -111,7 +111,7 @@ def next_token_loss(
             weight: Float[Array, "B S"],
         ) -> Float[Array, " shards"]:
             blocks = _flatten(hidden, labels, weight)
-            total: Array = _blockwise_total(z_loss_weight, *blocks, _varying_like(head, hidden))
+            total: Array = _blockwise_total(z_loss_weight, *blocks, head)
             return total[None]
 
         total = jnp.sum(_per_shard(local, hidden, model.lm_head, labels, weight))
@@ -235,6 +235,11 @@ def _per_shard(
     if not explicit_mesh():
         return function(hidden, head, *per_token)
     batch = PartitionSpec(BATCH_AXES)
-    in_specs = (batch, PartitionSpec(), *(batch for _ in per_token))
+    whole = gather(head, None, None)
+
+    def local(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], *per_token: Array) -> Array:
+        return function(hidden, _varying_like(head, hidden), *per_token)
+
+    in_specs = (batch, jax.typeof(whole).sharding.spec, *(batch for _ in per_token))
     placed = (constrain(x, BATCH_AXES, *(None for _ in x.shape[1:])) for x in per_token)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=batch)(hidden, constrain(head, None, None), *placed)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=batch)(hidden, whole, *placed)

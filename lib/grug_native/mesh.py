@@ -7,6 +7,7 @@ Three axes: `replica_dcn` (whole replicas, one per slice), `data` (batch, and th
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -104,11 +105,50 @@ def out_sharding(*spec: str | tuple[str, ...] | None) -> PartitionSpec | None:
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
-    """Lays `x` out as `spec` says under an explicit mesh; elsewhere returns it as it is.
-
-    On a weight this is the FSDP all-gather, and its transpose is the reduce-scatter of the gradient.
-    """
+    """Lays `x` out as `spec` says under an explicit mesh; elsewhere returns it as it is."""
     return reshard(x, PartitionSpec(*spec)) if explicit_mesh() else x
+
+
+def gather(weight: Array, *spec: str | None) -> Array:
+    """Makes a weight whole over the batch axes, and lays it out as `spec` says: the all-gather of FSDP.
+
+    Its gradient is reduce-scattered. That has to be spelled out: the gradient of a plain `constrain` is summed whole on
+    every device, twice the bytes, and all but a slice of it dropped. The result is `reduced` over the batch axes, the
+    type whose cotangent JAX leaves as each device's part of the sum.
+
+    References:
+        Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), stage 3.
+    """
+    if not explicit_mesh():
+        return weight
+    home = jax.typeof(weight).sharding.spec
+    if "data" not in home or get_abstract_mesh().shape["data"] == 1:
+        return constrain(weight, *spec)
+    return _gather(PartitionSpec(*spec), home, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(spec: PartitionSpec, home: PartitionSpec, weight: Array) -> Array:
+    return reshard(weight, PartitionSpec(*spec, reduced=frozenset(BATCH_AXES)))
+
+
+def _gather_forward(spec: PartitionSpec, home: PartitionSpec, weight: Array) -> tuple[Array, None]:
+    return _gather(spec, home, weight), None
+
+
+def _gather_backward(spec: PartitionSpec, home: PartitionSpec, residuals: None, parts: Array) -> tuple[Array]:
+    dimension = home.index("data")
+
+    def scatter(part: Array) -> Array:
+        own = jax.lax.psum_scatter(part, "data", scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(own, "replica_dcn")
+
+    of_parts = PartitionSpec(*spec, unreduced=frozenset(BATCH_AXES))
+    scattered = PartitionSpec(*spec[:dimension], "data", *spec[dimension + 1 :])
+    return (reshard(jax.shard_map(scatter, in_specs=of_parts, out_specs=scattered)(parts), home),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

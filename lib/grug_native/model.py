@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
-from grug_native.mesh import BATCH_AXES, constrain, out_sharding
+from grug_native.mesh import BATCH_AXES, constrain, gather, out_sharding
 from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
 from grug_native.types import AttentionMask
 
@@ -147,13 +147,13 @@ class Attention(eqx.Module):
         config: GrugModelConfig,
     ) -> Float[Array, "B S D"]:
         """Mixes positions as `mask` allows; `rope` is `rotary_tables` of the sequence length."""
-        wq, wk, wv = (constrain(w, None, "model") for w in (self.wq, self.wk, self.wv))
+        wq, wk, wv = (gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
         q = apply_rotary(_split_heads(x @ wq, config.features_per_head), *rope)
         k = apply_rotary(_split_heads(x @ wk, config.features_per_head), *rope)
         v = _split_heads(x @ wv, config.features_per_head)
         context = attention(q, k, v, mask, implementation=config.attention)
         merged = jnp.reshape(context, (*x.shape[:2], -1), out_sharding=out_sharding(BATCH_AXES, None, "model"))
-        return _project_back(merged, constrain(self.wo, "model", None))
+        return _project_back(merged, gather(self.wo, "model", None))
 
 
 class MLP(eqx.Module):
@@ -169,8 +169,8 @@ class MLP(eqx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Transforms each position on its own."""
-        gate, up = constrain(self.gate, None, "model"), constrain(self.up, None, "model")
-        return _project_back(jax.nn.silu(x @ gate) * (x @ up), constrain(self.down, "model", None))
+        gate, up = gather(self.gate, None, "model"), gather(self.up, None, "model")
+        return _project_back(jax.nn.silu(x @ gate) * (x @ up), gather(self.down, "model", None))
 
 
 class Block(eqx.Module):
@@ -247,7 +247,7 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}"
             )
-        table = constrain(self.embed, None, None)
+        table = gather(self.embed, None, None)
         x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
         rope = rotary_tables(config.rope, config.features_per_head, tokens.shape[1])
 
@@ -264,7 +264,7 @@ class Transformer(eqx.Module):
 
     def logits(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S V"]:
         """Unnormalised log-probabilities of the next token, in f32."""
-        head = constrain(self.lm_head, None, "model")
+        head = gather(self.lm_head, None, "model")
         return jnp.matmul(self(tokens, mask), head, preferred_element_type=jnp.float32)
 
 
