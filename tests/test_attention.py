@@ -1,5 +1,6 @@
 from typing import cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ from levanter.grug.attention import AttentionMask
 from levanter.grug.attention import reference_attention as levanter_reference
 
 from grug_native.attention import AttentionName, attention, choose_attention, dense_mask
+from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
 from tests.fixtures_run import make_batch
 
 
@@ -27,6 +29,9 @@ MASKS = {
     "all": AttentionMask(),
 }
 
+LONG = 300
+"""Positions that make two whole blocks of queries and a part of one."""
+
 
 @pytest.mark.parametrize("kind", [*MASKS, "packed"])
 def test_reference_equals_levanters_with_its_gradient(kind: str) -> None:
@@ -37,6 +42,39 @@ def test_reference_equals_levanters_with_its_gradient(kind: str) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     for a, b in zip(pull(ours), their_pull(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*MASKS, "packed"])
+def test_blocked_equals_the_reference_with_its_gradient(kind: str) -> None:
+    mask = make_batch(packed=True, seq_len=LONG).attn_mask if kind == "packed" else MASKS[kind]
+    inputs = qkv(LONG)
+    ours, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="blocked"), *inputs)
+    whole, whole_pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="reference"), *inputs)
+    np.testing.assert_allclose(ours, whole, atol=1e-6)
+    for a, b in zip(pull(ours), whole_pull(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_blocked_leaves_out_what_a_causal_mask_hides() -> None:
+    def operations(implementation: AttentionName) -> float:
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, AttentionMask.causal(), implementation=implementation)
+
+        analysis = jax.jit(run).lower(*qkv(1024)).cost_analysis()
+        return analysis["flops"]
+
+    assert operations("blocked") < 0.6 * operations("reference")
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+def test_a_mesh_changes_nothing(name: AttentionName) -> None:
+    inputs, mask = qkv(LONG), make_batch(packed=True, seq_len=LONG).attn_mask
+    alone = attention(*inputs, mask, implementation=name)
+    with jax.set_mesh(create_mesh(4, MeshAxes(data=2, model=2))):
+        spec = jax.P(BATCH_AXES, None, "model", None)
+        spread = [jax.device_put(x, spec) for x in inputs]
+        found = eqx.filter_jit(attention)(*spread, mask, implementation=name)
+    np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed"])
@@ -55,7 +93,8 @@ def test_cudnn_refuses_packed_rows() -> None:
 @pytest.mark.parametrize(
     ("backend", "seq_len", "packed", "chosen"),
     [
-        ("cpu", 512, False, "reference"),
+        ("cpu", 512, False, "blocked"),
+        ("cpu", 512, True, "blocked"),
         ("cpu", 8192, True, "xla_flash"),
         ("gpu", 1024, False, "cudnn"),
         ("gpu", 1024, True, "reference"),
@@ -77,4 +116,5 @@ def test_a_name_is_obeyed() -> None:
 def test_dense_mask_says_who_sees_whom() -> None:
     mask = AttentionMask.causal(sliding_window=2).with_segment_ids(jnp.array([[0, 0, 1, 1]]))
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(dense_mask(mask, 4)[0], np.array(expected, bool))
+    np.testing.assert_array_equal(dense_mask(mask, range(4), range(4))[0], np.array(expected, bool))
+    np.testing.assert_array_equal(dense_mask(mask, range(1, 3), range(2))[0], np.array([[1, 1], [0, 0]], bool))

@@ -122,7 +122,21 @@ def test_a_malformed_batch_is_refused_while_tracing(field: str, value: jax.Array
     assert all(word in str(error.value) for word in words)
 
 
-def test_auto_chooses_by_the_size_of_the_logits() -> None:
-    assert choose_cross_entropy("auto", tokens=4096, vocab_size=8192)[0] == "full"
-    assert choose_cross_entropy("auto", tokens=4096, vocab_size=50_304)[0] == "blockwise"
-    assert choose_cross_entropy("full", tokens=10**6, vocab_size=10**6)[0] == "full"
+@pytest.mark.parametrize(
+    ("backend", "tokens", "vocab_size", "chosen"),
+    [
+        ("gpu", 4096, 8192, "full"),
+        ("gpu", 4096, 50_304, "blockwise"),
+        ("cpu", 4096, 8192, "blockwise"),
+        ("cpu", 8, 8192, "full"),
+    ],
+)
+def test_auto_chooses_by_backend_and_the_size_of_the_logits(
+    backend: str, tokens: int, vocab_size: int, chosen: str
+) -> None:
+    name, reason = choose_cross_entropy("auto", backend=backend, tokens=tokens, vocab_size=vocab_size)
+    assert name == chosen and reason
+
+
+def test_a_named_cross_entropy_is_obeyed() -> None:
+    assert choose_cross_entropy("full", backend="cpu", tokens=10**6, vocab_size=10**6)[0] == "full"

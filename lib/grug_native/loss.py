@@ -28,11 +28,14 @@ FULL_LOGITS_BYTES = 2**28
 """Above this many bytes of f32 logits (and as many of their gradient), `auto` takes the blockwise implementation."""
 
 
-def choose_cross_entropy(name: CrossEntropyName, *, tokens: int, vocab_size: int) -> tuple[CrossEntropyName, str]:
+def choose_cross_entropy(
+    name: CrossEntropyName, *, backend: str, tokens: int, vocab_size: int
+) -> tuple[CrossEntropyName, str]:
     """Resolves `auto`, and gives the reason in words.
 
     Args:
         name: what the config says.
+        backend: `jax.default_backend()`.
         tokens: tokens of a batch, on one device.
         vocab_size: columns of the logits.
     """
@@ -41,6 +44,8 @@ def choose_cross_entropy(name: CrossEntropyName, *, tokens: int, vocab_size: int
     logits_bytes = 4 * tokens * vocab_size
     if logits_bytes > FULL_LOGITS_BYTES:
         return "blockwise", f"all logits at once would take {logits_bytes / 2**20:.0f} MiB a device"
+    if backend == "cpu" and tokens > BLOCK_TOKENS:
+        return "blockwise", "three matrix products where autodiff takes four, near the cache"
     return "full", f"all logits fit in {logits_bytes / 2**20:.0f} MiB a device"
 
 
@@ -127,9 +132,13 @@ def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
     config = params.config
-    return choose_cross_entropy(config.cross_entropy, tokens=batch.tokens.size // shards, vocab_size=config.vocab_size)[
-        0
-    ]
+    name, _ = choose_cross_entropy(
+        config.cross_entropy,
+        backend=jax.default_backend(),
+        tokens=batch.tokens.size // shards,
+        vocab_size=config.vocab_size,
+    )
+    return name
 
 
 def _full_losses(

@@ -147,13 +147,18 @@ class Attention(eqx.Module):
         config: GrugModelConfig,
     ) -> Float[Array, "B S D"]:
         """Mixes positions as `mask` allows; `rope` is `rotary_tables` of the sequence length."""
-        wq, wk, wv = (gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
-        q = apply_rotary(_split_heads(x @ wq, config.features_per_head), *rope)
-        k = apply_rotary(_split_heads(x @ wk, config.features_per_head), *rope)
-        v = _split_heads(x @ wv, config.features_per_head)
+        tokens = _flatten_tokens(x)
+        heads = (*x.shape[:2], -1, config.features_per_head)
+        q, k, v = (
+            jnp.reshape(
+                tokens @ gather(w, None, "model"), heads, out_sharding=out_sharding(BATCH_AXES, None, "model", None)
+            )
+            for w in (self.wq, self.wk, self.wv)
+        )
+        q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         context = attention(q, k, v, mask, implementation=config.attention)
-        merged = jnp.reshape(context, (*x.shape[:2], -1), out_sharding=out_sharding(BATCH_AXES, None, "model"))
-        return _project_back(merged, gather(self.wo, "model", None))
+        merged = jnp.reshape(context, (tokens.shape[0], -1), out_sharding=out_sharding(BATCH_AXES, "model"))
+        return _project_back(merged, gather(self.wo, "model", None), x)
 
 
 class MLP(eqx.Module):
@@ -169,8 +174,9 @@ class MLP(eqx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Transforms each position on its own."""
+        tokens = _flatten_tokens(x)
         gate, up = gather(self.gate, None, "model"), gather(self.up, None, "model")
-        return _project_back(jax.nn.silu(x @ gate) * (x @ up), gather(self.down, "model", None))
+        return _project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), gather(self.down, "model", None), x)
 
 
 class Block(eqx.Module):
@@ -334,9 +340,14 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
 
 
-def _split_heads(x: Float[Array, "B S heads_x_E"], head_dim: int) -> Float[Array, "B S heads E"]:
-    return jnp.reshape(x, (*x.shape[:2], -1, head_dim), out_sharding=out_sharding(BATCH_AXES, None, "model", None))
+def _flatten_tokens(x: Float[Array, "B S D"]) -> Float[Array, "T D"]:
+    """All positions as rows: XLA:CPU multiplies plain matrices, forward and backward, a quarter faster than batches."""
+    return jnp.reshape(x, (-1, x.shape[-1]), out_sharding=out_sharding(BATCH_AXES, None))
 
 
-def _project_back(x: Float[Array, "B S features"], weight: Float[Array, "features D"]) -> Float[Array, "B S D"]:
-    return jnp.einsum("bsf,fd->bsd", x, weight, out_sharding=out_sharding(BATCH_AXES, None, None))
+def _project_back(
+    tokens: Float[Array, "T features"], weight: Float[Array, "features D"], like: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    """Back to the features and the shape of the residual stream."""
+    projected = jnp.matmul(tokens, weight, out_sharding=out_sharding(BATCH_AXES, None))
+    return jnp.reshape(projected, like.shape, out_sharding=out_sharding(BATCH_AXES, None, None))

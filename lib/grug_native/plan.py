@@ -183,7 +183,9 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
     attention = choose_attention(
         model.attention, backend=backend, seq_len=config.seq_len, packed=config.data.block_cross_document_attention
     )
-    cross_entropy = choose_cross_entropy(model.cross_entropy, tokens=tokens, vocab_size=model.vocab_size)
+    cross_entropy = choose_cross_entropy(
+        model.cross_entropy, backend=backend, tokens=tokens, vocab_size=model.vocab_size
+    )
     asked = config.trainer.compute_dtype != "auto"
     return (
         Choice("attention", *attention),
