@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,13 +64,16 @@ def test_the_numbers(tmp_path: Path) -> None:
     routes = {route.path: (route.group, route.decayed) for route in plan.routing}
     assert routes[".blocks.mlp.up"] == ("muon", True)
     assert routes[".embed"] == ("adamw", False)
-    assert {choice.what: choice.name for choice in plan.choices} == {
-        "attention": "reference",
+    choices = {choice.what: choice.name for choice in plan.choices}
+    assert {what: name for what, name in choices.items() if what.islower()} == {
+        "attention": "blocked",
         "cross-entropy": "full",
         "compute dtype": "float32",
         "layers": "unrolled",
         "recomputed": "none",
     }
+    assert choices["XLA_FLAGS"] == os.environ.get("XLA_FLAGS", "not set")
+    assert {"GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR"} <= choices.keys()
     assert all(choice.reason for choice in plan.choices)
     assert (plan.memory, plan.timing, plan.vocabulary, plan.resumes_from) == (None, None, None, None)
 
@@ -82,7 +86,7 @@ def test_it_prints_as_a_table(tmp_path: Path) -> None:
         "muon, decayed",
         "caves 75.0%",
         "data=4",
-        "reference: dense",
+        "blocked: dense",
         "8 sequences",
         "compile=True",
     ):

@@ -51,7 +51,7 @@ def choose_attention(name: AttentionName, *, backend: str, seq_len: int, packed:
 
 
 def dense_mask(mask: AttentionMask, queries: range, keys: range) -> Bool[Array, "#B Q K"]:
-    """The mask of some positions as booleans, True where attention is allowed; one row if no segment ids tell rows apart.
+    """The mask of some positions as booleans, True where attention is allowed; one row where there are no segment ids.
 
     Args:
         mask: who may attend to whom.

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from grug_native.process import prepare_process
+
 _DESCRIPTION = """\
 Train language models, and look at what came of it.
 
@@ -184,5 +186,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
 
 
+def program() -> int:
+    """`grug`, as a process of its own."""
+    if sys.argv[1:2] == ["train"]:
+        prepare_process()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

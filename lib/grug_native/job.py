@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
+from grug_native.process import prepare_process
 from grug_native.results import RESULTS_FILE, RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import local_path
 from grug_native.runner import GrugRunner
@@ -97,4 +98,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     main()

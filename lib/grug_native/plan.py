@@ -6,6 +6,7 @@ of tracing the shapes of the train state.
 
 import errno
 import json
+import os
 import shutil
 import statistics
 import time
@@ -24,6 +25,7 @@ from grug_native.loss import choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.mixture import Weights, check_mixture, mixture_stages
 from grug_native.parts import RunParts
+from grug_native.process import CACHE_VARIABLE, TUNABLES_VARIABLE
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
 from grug_native.train import train_step
@@ -200,6 +202,14 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
             "recomputed",
             model.remat,
             "asked for by the config" if model.remat != "none" else "all activations are kept",
+        ),
+        *(
+            Choice(variable, os.environ.get(variable) or "not set", reason)
+            for variable, reason in (
+                ("XLA_FLAGS", "the user's"),
+                (TUNABLES_VARIABLE, "huge pages make the steps of a CPU a tenth faster; a program sets it"),
+                (CACHE_VARIABLE, "what is compiled is kept there; a program sets it"),
+            )
         ),
     )
 

@@ -25,6 +25,7 @@ from grug_native import (
 )
 from grug_native.job import configure_logging, train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.process import prepare_process
 from grug_native.results import RESULTS_FILE, RunResults
 from grug_native.signals import ExitCode
 
@@ -286,4 +287,5 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     main()

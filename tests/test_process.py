@@ -1,0 +1,35 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, sys
+from grug_native.process import prepare_process
+print(os.getpid(), flush=True)
+prepare_process()
+print(os.getpid(), os.environ["GLIBC_TUNABLES"], os.environ["JAX_COMPILATION_CACHE_DIR"], sys.argv[1:], flush=True)
+"""
+
+
+def run(tmp_path: Path, **variables: str) -> list[str]:
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    kept = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "XDG_CACHE_HOME")}
+    kept.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-W", "error", str(file), "an argument", "--flag"]
+    return subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has such settings")
+def test_a_program_is_started_again_once_with_huge_pages(tmp_path: Path) -> None:
+    first, again, last = run(tmp_path, XDG_CACHE_HOME="somewhere")
+    assert first == again
+    assert last == f"{first} glibc.malloc.hugetlb=1 somewhere/grug_native/xla ['an argument', '--flag']"
+
+
+def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
+    first, last = run(tmp_path, GLIBC_TUNABLES="", JAX_COMPILATION_CACHE_DIR="mine")
+    assert last == f"{first}  mine ['an argument', '--flag']"
