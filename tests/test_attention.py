@@ -61,6 +61,7 @@ def test_blocked_leaves_out_what_a_causal_mask_hides() -> None:
             return attention(q, k, v, AttentionMask.causal(), implementation=implementation)
 
         analysis = jax.jit(run).lower(*qkv(1024)).cost_analysis()
+        assert analysis is not None
         return analysis["flops"]
 
     assert operations("blocked") < 0.6 * operations("reference")
@@ -72,8 +73,8 @@ def test_a_mesh_changes_nothing(name: AttentionName) -> None:
     alone = attention(*inputs, mask, implementation=name)
     with jax.set_mesh(create_mesh(4, MeshAxes(data=2, model=2))):
         spec = jax.P(BATCH_AXES, None, "model", None)
-        spread = [jax.device_put(x, spec) for x in inputs]
-        found = eqx.filter_jit(attention)(*spread, mask, implementation=name)
+        q, k, v = (jax.device_put(x, spec) for x in inputs)
+        found = eqx.filter_jit(attention)(q, k, v, mask, implementation=name)
     np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
