@@ -5,6 +5,11 @@ offline, in a few minutes. The real sizes train on FineWeb-Edu with the Llama 3 
 `--executor` runs the same as a step of Marin's executor. To try something else, copy this file and change it.
 """
 
+from grug_native.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # It starts the program again: before anything heavy is imported.
+
 import argparse
 import os
 import sys
@@ -25,7 +30,6 @@ from grug_native import (
 )
 from grug_native.job import configure_logging, train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.process import prepare_process
 from grug_native.results import RESULTS_FILE, RunResults
 from grug_native.signals import ExitCode
 
@@ -287,5 +291,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    prepare_process()
     main()
