@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
     from levanter.data.text.examples import GrugLmExample
 
+    from tests.faults.runs import ForkServer
+
 SMALL_MODEL = GrugModelConfig(
     vocab_size=300, hidden_dim=32, intermediate_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=32
 )
@@ -73,3 +75,11 @@ def make_run(small_corpus: "LmDataConfig", tmp_path: Path) -> MakeRun:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> "ForkServer":
+    """Starts processes in which all is imported, for runs of their own."""
+    from tests.faults.runs import ForkServer
+
+    return ForkServer(tmp_path_factory.mktemp("server"))

@@ -105,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--distributed",
         action="store_true",
-        help="be one process of several: on SLURM, TPU pods or Iris; elsewhere set JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        help="be one process of several, on SLURM, TPU pods or Iris; elsewhere, setting JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID is enough",
     )
 
     plan = _add(add, "plan", "work a run out, before anything runs", ("commands", "plan"), overrides=True)

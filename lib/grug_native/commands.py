@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains a run; prints what it came to."""
-    from grug_native.job import configure_logging, initialize_distributed, train_to_results
+    from grug_native.job import PROCESS_VARIABLES, configure_logging, initialize_distributed, train_to_results
 
     configure_logging()
-    if arguments.distributed:
+    if arguments.distributed or not os.environ.keys().isdisjoint(PROCESS_VARIABLES):
         initialize_distributed()
     config = _config_to_train(arguments)
     if arguments.stop_after is not None or arguments.resume_step is not None:

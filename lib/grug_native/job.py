@@ -20,6 +20,9 @@ from grug_native.results import RESULTS_FILE, RunResults, read_results, summariz
 from grug_native.run_folder import local_path
 from grug_native.runner import GrugRunner
 
+PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""Environment variables that tell the processes of a job of each other."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,15 +34,14 @@ def initialize_distributed() -> None:
     """
     from levanter.distributed import DistributedConfig
 
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, number, index = (os.environ.get(name) for name in names)
+    address, number, index = (os.environ.get(name) for name in PROCESS_VARIABLES)
     if address is not None and number is not None and index is not None:
         config = DistributedConfig(coordinator_address=address, num_processes=int(number), process_id=int(index))
     elif number is None and index is None:
         config = DistributedConfig()
     else:
-        missing = [name for name in names if name not in os.environ]
-        raise ValueError(f"of {', '.join(names)} only some are set: set {', '.join(missing)} too, or none of them")
+        missing = ", ".join(name for name in PROCESS_VARIABLES if name not in os.environ)
+        raise ValueError(f"of {', '.join(PROCESS_VARIABLES)} only some are set: set {missing} too, or none of them")
     config.initialize()
     logger.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 

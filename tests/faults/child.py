@@ -14,7 +14,7 @@ from levanter.optim.config import OptimizerConfig as OptimizerConfig
 from levanter.tracker import TrackerConfig as TrackerConfig
 from orbax.checkpoint import v1 as ocp
 
-from grug_native import corpus_store, data, eval_hooks, loop, plot, sample, saving, token_cache
+from grug_native import cli, commands, corpus_store, data, eval_hooks, loop, plot, sample, saving, token_cache
 from grug_native.cli_errors import explain
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
 from grug_native.corpus import local_text_data
@@ -27,7 +27,7 @@ from tests.faults.runs import NUM_STEPS, Job
 from tests.fixtures_data import make_text
 from tests.fixtures_run import SMALL_MODEL
 
-PRELOADED = (corpus_store, data, eval_hooks, loop, ocp, plot, sample, saving, token_cache)
+PRELOADED = (commands, corpus_store, data, eval_hooks, loop, ocp, plot, sample, saving, token_cache)
 
 
 def fit(job: Job) -> None:
@@ -44,6 +44,8 @@ def fit(job: Job) -> None:
     configure_logging()
     if job.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
+    if job.command:
+        sys.exit(cli.main(job.command))
     try:
         initialize_distributed()
         GrugRunner(load_config(job.config)).fit(stop_after=job.stop_after, resume_step=job.resume_step)

@@ -1,15 +1,10 @@
-"""The fork server, and the uninterrupted runs that others are compared with; made once a session."""
+"""The uninterrupted runs that others are compared with; made once a session."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.faults.runs import ForkServer, Run
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
-    return ForkServer(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,8 @@ class Job:
     devices: int = 1
     stop_after: int | None = None
     resume_step: int | None = None
+    command: tuple[str, ...] = ()
+    """What `grug` is given, in place of the script."""
     xla_cache: Path | None = None
     """Compiled programs of earlier runs."""
     largest_file: int | None = None
