@@ -97,7 +97,12 @@ def test_the_environment_chooses_the_devices(monkeypatch: pytest.MonkeyPatch) ->
     [
         (["--size", "9b"], "size='9b' is unknown: choose one of tiny, 130m"),
         (["--size", "130m", "--data", "nowhere"], "--data='nowhere' is no folder"),
-        (["--size", "130m"], "Give the folder of a tokenizer.json"),
+        (["--size", "130m", "--executor", "--data", "nowhere"], "--data='nowhere' is no folder"),
+        (["--size", "130m"], "give the folder of a tokenizer.json"),
+        (["--size", "130m", "--executor"], "--data local"),
+        (["--cluster", "http://127.0.0.1:1"], "--cluster goes with --executor"),
+        (["--executor", "--output-path", "here"], "--output-path goes without --executor"),
+        (["--executor", "--cluster", "http://127.0.0.1:1"], "MARIN_PREFIX is not set"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(
@@ -108,6 +113,14 @@ def test_a_mistake_is_told_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MARIN_PREFIX", raising=False)
     with pytest.raises(SystemExit) as stopped:
         speedrun.main(arguments)
     assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_folder_of_text_is_a_step_before_the_run(text_folder: Path) -> None:
+    step = speedrun.build_step("130m", data=str(text_folder / "caves"))
+    (corpus,) = step.deps
+    assert corpus.name.endswith("caves") and step.name.endswith("caves")
+    assert str(text_folder / "caves") in corpus.fingerprint_payload()

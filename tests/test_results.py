@@ -41,5 +41,5 @@ def test_a_tokenizer_that_is_not_to_be_had_is_refused_with_the_way_out(make_run:
     from levanter.data.text.datasets import LmDataConfig
 
     config = make_run(data=LmDataConfig(tokenizer="nobody/has-this-tokenizer"))
-    with pytest.raises(ValueError, match=r"nobody/has-this-tokenizer.*Give the folder of a tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"nobody/has-this-tokenizer.*give the folder of a tokenizer\.json"):
         train_to_results(config)

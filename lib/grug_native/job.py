@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,6 +20,9 @@ from grug_native.process import prepare_process
 from grug_native.results import RESULTS_FILE, RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import local_path
 from grug_native.runner import GrugRunner
+
+if TYPE_CHECKING:
+    from levanter.data.text.datasets import LmDataConfig
 
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables that tell the processes of a job of each other."""
@@ -60,7 +64,7 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
         if found.config_hash == canonical_hash(config_to_dict(config)):
             logger.info("finished before, after %d steps: %s", found.steps, folder / RESULTS_FILE)
             return found
-    _check_tokenizer(config)
+    check_tokenizer(config.data)
     GrugRunner(config).fit()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("grug-run-is-on-disk")  # The others may be here before process 0 has saved.
@@ -70,14 +74,20 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
     return results
 
 
-def _check_tokenizer(config: GrugNativeRunConfig) -> None:
+def check_tokenizer(data: "LmDataConfig") -> None:
+    """Loads the tokenizer of training data.
+
+    Raises:
+        ValueError: if it is not to be had; says what to do.
+    """
     try:
-        _ = config.data.the_tokenizer
+        _ = data.the_tokenizer
     except OSError as error:
         raise ValueError(
-            f"data.tokenizer={config.data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face "
-            f"hub ({type(error).__name__}: {error}). Give the folder of a tokenizer.json, connect to the network (and "
-            "log in, if the tokenizer asks for it), or train on a local corpus, which brings its own"
+            f"data.tokenizer={data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Connect to the network (and log in, if the "
+            "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
+            "own: with the speedrun, --data local or --data FOLDER"
         ) from error
 
 

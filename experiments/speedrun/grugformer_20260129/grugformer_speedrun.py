@@ -28,7 +28,7 @@ from grug_native import (
     GrugOptimizerConfig,
     GrugTrainerConfig,
 )
-from grug_native.job import configure_logging, train_to_results
+from grug_native.job import check_tokenizer, configure_logging, train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.results import RESULTS_FILE, RunResults
 from grug_native.signals import ExitCode
@@ -121,10 +121,13 @@ def hub_data(name: str, cache_dir: str) -> "LmDataConfig":
     Args:
         name: one of `HUB_DATASETS`, or an id such as `roneneldan/TinyStories`, whose column `text` is taken.
         cache_dir: where token caches are kept.
+
+    Raises:
+        ValueError: if that is neither.
     """
     from levanter.data.text.datasets import DatasetComponent, HfDatasetSourceConfig, LmDataConfig
 
-    dataset, subset = HUB_DATASETS.get(name, (name, None))
+    dataset, subset = _on_the_hub(name)
     label = name.rsplit("/", 1)[-1]
     source = HfDatasetSourceConfig(id=dataset, name=subset, splits=["train"])
     return LmDataConfig(
@@ -134,6 +137,20 @@ def hub_data(name: str, cache_dir: str) -> "LmDataConfig":
         tokenizer=LLAMA3_TOKENIZER,
         cache_dir=cache_dir,
     )
+
+
+def _on_the_hub(name: str) -> tuple[str, str | None]:
+    if name not in HUB_DATASETS and name.count("/") != 1:
+        raise ValueError(f"--data={name!r} is no folder: give one, local, {', '.join(HUB_DATASETS)}, or a hub id A/B")
+    return HUB_DATASETS.get(name, (name, None))
+
+
+def _default_data(size: str) -> str:
+    return "local" if size == "tiny" else "fineweb-edu"
+
+
+def _is_local(data: str) -> bool:
+    return data == "local" or Path(data).is_dir()
 
 
 def choose_data(name: str) -> "LmDataConfig":
@@ -148,8 +165,6 @@ def choose_data(name: str) -> "LmDataConfig":
         from grug_native.corpus import local_text_data
 
         return local_text_data({"text": name}, cache_dir="runs/corpora")
-    if name not in HUB_DATASETS and name.count("/") != 1:
-        raise ValueError(f"--data={name!r} is no folder: give one, local, {', '.join(HUB_DATASETS)}, or a hub id A/B")
     return hub_data(name, "runs/caches")
 
 
@@ -171,7 +186,7 @@ def build_step(
 
     Args:
         size: one of `SIZES`.
-        data: `local`, one of `HUB_DATASETS`, or a dataset's id; by default as in `build_run`.
+        data: as in `choose_data`; by default as in `build_run`.
         num_train_steps: as in `build_run`.
         version: `dev` resumes and is the user's own; `YYYY.MM.DD` is made once and then served.
     """
@@ -180,22 +195,25 @@ def build_step(
 
     from grug_native.launch import corpus_data, corpus_step, training_step
 
-    data = data or ("local" if size == "tiny" else "fineweb-edu")
-    name = f"speedrun/grugformer-{size}-{data.replace('/', '-')}"
-    if data == "local":
-        corpus = corpus_step("corpora/python", vocab_size=MODEL_PRESETS["tiny"].vocab_size, version=version)
+    data = data or _default_data(size)
+    name = f"speedrun/grugformer-{size}-{data.strip('/').replace('/', '-')}"
+    if _is_local(data):
+        paths = None if data == "local" else {"text": str(Path(data).resolve())}
+        label = "python" if paths is None else data.strip("/").replace("/", "-")
+        vocab_size = MODEL_PRESETS["tiny"].vocab_size
+        corpus = corpus_step(f"corpora/{label}", vocab_size=vocab_size, paths=paths, version=version)
 
         def build_local(ctx: StepContext) -> GrugNativeRunConfig:
             config = corpus_data(ctx, corpus)
             return build_run(size, data=config, output_path=ctx.output_path, num_train_steps=num_train_steps)
 
         return training_step(name, build_local, deps=(corpus,), version=version, resources=resources(size))
+    dataset, _ = _on_the_hub(data)
     if data in PRETOKENIZED:
         cache = pretokenized(
             f"tokenized/{data}", repo_id=PRETOKENIZED[data], tokenizer=LLAMA3_TOKENIZER, version=version
         )
     else:
-        dataset, _ = HUB_DATASETS.get(data, (data, None))
         cache = tokenized(f"tokenized/{data}", source=dataset, tokenizer=LLAMA3_TOKENIZER, version=version)
 
     def build(ctx: StepContext) -> GrugNativeRunConfig:
@@ -262,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-path", help="folder of the run (default: runs/grugformer-SIZE)")
     parser.add_argument("--plan", action="store_true", help="print what the run would do, and stop")
     parser.add_argument("--executor", action="store_true", help="run as a step of Marin's executor")
-    parser.add_argument("--version", default="dev", help="with --executor: dev, or YYYY.MM.DD (default: dev)")
+    parser.add_argument("--version", help="with --executor: dev, or YYYY.MM.DD (default: dev)")
     parser.add_argument("--cluster", help="with --executor: address of an Iris controller, http://HOST:PORT")
     arguments = parser.parse_args(argv)
     configure_logging()
@@ -275,13 +293,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     size, steps = arguments.size, arguments.steps
+    executor_only = [name for name in ("version", "cluster") if getattr(arguments, name) is not None]
+    if executor_only and not arguments.executor:
+        raise ValueError(f"--{executor_only[0]} goes with --executor: add it, or leave this out")
+    if arguments.output_path is not None and arguments.executor:
+        raise ValueError("--output-path goes without --executor, whose runs lie under MARIN_PREFIX (by default ./runs)")
     print_run_info(size, num_train_steps=steps)
     if arguments.plan:
         return
     if arguments.executor:
         from grug_native.launch import run_steps
 
-        step = build_step(size, data=arguments.data, num_train_steps=steps, version=arguments.version)
+        step = build_step(size, data=arguments.data, num_train_steps=steps, version=arguments.version or "dev")
+        data = arguments.data or _default_data(size)
+        if arguments.cluster is None and not _is_local(data):
+            check_tokenizer(hub_data(data, ""))  # Before marin downloads what was made with it.
         run = run_steps(step, cluster=arguments.cluster)
         print_results(run.results(), run.path)
         return
