@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, reshard
 from jaxtyping import Array
 
@@ -90,7 +91,18 @@ def create_mesh(
                 f"train_batch_size={size} does not divide over {shards} data-parallel device(s) "
                 f"(replica_dcn={shape[0]} x data={shape[1]} of {len(chosen)} devices): use {nearest}"
             )
-    return Mesh(np.array(chosen).reshape(shape), AXIS_NAMES, axis_types=(AxisType.Explicit,) * len(AXIS_NAMES))
+    return Mesh(_arrange(chosen, shape), AXIS_NAMES, axis_types=(AxisType.Explicit,) * len(AXIS_NAMES))
+
+
+def _arrange(devices: list[Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """Makes neighbours on a TPU's torus neighbours on the mesh, and slices replicas; elsewhere keeps the order."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices != 0:
+        return np.array(devices).reshape(shape)
+    of_slice = (shape[0] // slices, *shape[1:])
+    return create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def explicit_mesh() -> bool:
