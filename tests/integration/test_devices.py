@@ -46,7 +46,7 @@ def together(run: Run, processes: int, devices: int, **job: Any) -> str:
 
 def test_a_run_is_handed_from_mesh_to_mesh(server: ForkServer, tmp_path: Path) -> None:
     eight = {"trainer.train_batch_size": 8, "trainer.steps_per_checkpoint": None}
-    alone, run = (server.run(tmp_path / name / "run", eight) for name in ("alone", "handed"))
+    alone, run = (server.run(tmp_path / name, eight) for name in ("alone", "handed"))
     alone.fit().expect(0)
     for step, (axes, processes, devices) in enumerate(LEGS):
         mesh = {"replica_dcn": 1, "data": 1, "model": 1} | axes
@@ -61,10 +61,10 @@ def test_a_run_is_handed_from_mesh_to_mesh(server: ForkServer, tmp_path: Path) -
 
 def test_the_command_line_trains_in_two_processes(server: ForkServer, tmp_path: Path) -> None:
     steps = {"trainer.num_train_steps": 2, "trainer.steps_per_checkpoint": None}
-    alone, run = (server.run(tmp_path / name / "run", steps) for name in ("alone", "together"))
+    alone, run = (server.run(tmp_path / name, steps) for name in ("alone", "together"))
     alone.fit().expect(0)
     said = together(run, 2, 1, command=("train", "--config_path", str(run.config)))
-    assert "process 0 of 2, 2 devices" in said and "run after 2 steps" in said
+    assert "process 0 of 2, 2 devices" in said and "finished after 2 steps" in said
     expect_the_same(run, alone)
 
 
