@@ -75,7 +75,7 @@ class Program:
     collectives: tuple[Collective, ...]
     """Every array that goes through a collective."""
     dot_flops: float
-    """Operations of all matrix products, on one device; 0 on a TPU, whose compiler writes them as convolutions."""
+    """Operations of all matrix products, on one device. A TPU has none: it convolves."""
 
 
 @dataclass(frozen=True)
