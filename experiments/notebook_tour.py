@@ -19,13 +19,13 @@ from grug_native import (
 )
 from grug_native.corpus import embedded_corpus
 from grug_native.debug import first_nonfinite
-from grug_native.job import configure_logging
+from grug_native.progress import configure_logging
 
 configure_logging()
 shutil.rmtree("runs/tour", ignore_errors=True)
 config = GrugNativeRunConfig(
-    model=replace(MODEL_PRESETS["tiny"], num_layers=2, max_seq_len=128),
-    data=embedded_corpus("runs/corpora", vocab_size=4096),
+    model=replace(MODEL_PRESETS["tiny"], vocab_size=1024, num_layers=2, max_seq_len=128),
+    data=embedded_corpus("runs/corpora", vocab_size=1024),
     optimizer=GrugOptimizerConfig(learning_rate=3e-3, warmup=5),
     trainer=GrugTrainerConfig(num_train_steps=30, train_batch_size=8),
     eval=GrugEvalConfig(steps_per_eval=15, max_eval_batches=2, sample_prompts=("def main(",)),
@@ -49,9 +49,7 @@ state, metrics = runner.train_step(state, batch)
 print(f"loss {float(metrics.loss):.3f}, gradient norm {float(metrics.grad_norm):.3f}")
 
 # %% Looking inside: gradients and activations by module, an array over the layers for what is in a block.
-norms = runner.norms(state, batch)
-print({name: value.astype(float).round(4).tolist() for name, value in norms.gradients.items()})
-print({name: value.astype(float).round(4).tolist() for name, value in norms.activations.items()})
+print(runner.norms(state, batch))
 print("not finite:", first_nonfinite(state))
 
 # %% The computation itself, as text.

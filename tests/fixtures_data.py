@@ -45,8 +45,14 @@ def small_corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def embedded_corpus_config(tmp_path_factory: pytest.TempPathFactory) -> "LmDataConfig":
+def embedded_corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the default corpus is kept, made once a session for each vocabulary."""
+    return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(scope="session")
+def embedded_corpus_config(embedded_corpora: Path) -> "LmDataConfig":
     """The default corpus, made once a session. Not to be written to."""
     from grug_native.corpus import embedded_corpus
 
-    return embedded_corpus(tmp_path_factory.mktemp("embedded"), vocab_size=1024)
+    return embedded_corpus(embedded_corpora, vocab_size=1024)

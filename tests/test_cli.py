@@ -56,7 +56,7 @@ def test_train_takes_overrides_and_leaves_everything_behind(trained: Path, capsy
     assert main(["train", "--config_path", str(trained)]) == 0
     printed = capsys.readouterr().out
     assert "run after 4 steps" in printed
-    assert "eval/bpb_exact" in printed
+    assert "held-out bits per byte" in printed
 
 
 def test_train_in_pieces(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -120,6 +120,10 @@ def test_sample_and_plot(trained: Path, tmp_path: Path, capsys: Capture) -> None
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert all(text.startswith("grug brain") for text in texts)
+    # As much as there is room for, if nobody says how much.
+    assert main(["sample", str(trained), "--step", "2"]) == 0
+    assert main(["plot", str(trained), "--output", str(tmp_path / "none" / "a.png")]) == ExitCode.REFUSED
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert main(["plot", str(trained), str(trained), "--output", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
@@ -160,6 +164,7 @@ def test_a_damaged_checkpoint_fails_the_verification(trained: Path, tmp_path: Pa
         (["--trainer.train_batch_size", "6"], "train_batch_size=6 does not divide"),
         (["--model.vocab_size", "200"], "smaller than the 300 tokens"),
         (["--name", "x"], "--name=x goes with --text"),
+        (["--eval.sample_prompts", "[grug brain]", "--eval.sample_tokens", "32"], "do not fit in model.max_seq_len=32"),
     ],
 )
 def test_a_mistake_is_answered_in_a_line(
@@ -181,7 +186,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Capture) -> None:
     for command in (["sample"], ["eval"], ["plan"], ["plot"], ["ckpt", "ls"], ["ckpt", "verify"]):
         assert main([*command, str(tmp_path)]) == ExitCode.REFUSED
     assert main(["plan", str(tmp_path / "none.yaml")]) == ExitCode.REFUSED
-    assert "No such file" in capsys.readouterr().err
+    assert "none.yaml: give the YAML of a run, or the folder of one" in capsys.readouterr().err
 
 
 def test_changed_mathematics_and_a_held_lock_have_codes_of_their_own(trained: Path, capsys: Capture) -> None:
@@ -232,13 +237,18 @@ def test_errors_have_their_exit_codes() -> None:
     assert explain(TypeError("x")) is None
 
 
-def test_overrides_may_stand_anywhere() -> None:
+def test_overrides_may_stand_anywhere(capsys: Capture) -> None:
     overrides, rest = split_overrides(["plan", "--a.b", "-1", "run.yaml", "--c.d.e=x=y", "--measure", "3"])
     assert overrides == [("a.b", "-1"), ("c.d.e", "x=y")]
     assert rest == ["plan", "run.yaml", "--measure", "3"]
-    with pytest.raises(SystemExit) as ended:
-        main(["eval", "run", "--trainer.seed", "1"])
-    assert ended.value.code == 2
+    for arguments, words in (
+        (["eval", "run", "--trainer.seed", "1"], "--trainer.seed is a field of a run's config"),
+        (["train", "--config_path", "run.yaml", "--trainer.seed"], "--trainer.seed wants a value"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_every_command_explains_itself(capsys: Capture) -> None:

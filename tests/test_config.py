@@ -90,7 +90,17 @@ def test_a_key_like_no_other_is_answered_with_all(make_run: MakeRun) -> None:
     ("section", "key", "value", "words"),
     [
         ("trainer", "num_train_steps", "many", ["num_train_steps", "many"]),
-        ("model", "attention", "flash", ["attention", "flash"]),
+        ("trainer", "num_train_steps", None, ["trainer.num_train_steps is null", "int"]),
+        ("model", "attention", "flash", ["model.attention: Cannot convert 'flash' into one of: auto, reference"]),
+        ("data", "train_weights", {"cave": 1.0}, ["data.train_weights names ['cave']", "['caves', 'clubs']"]),
+        (
+            "data",
+            "components",
+            {"caves": {"sorce": 1}, "clubs": {}},
+            ["data.components.caves: The fields sorce are not valid"],
+        ),
+        ("trainer", "trackers", [{"type": "wandbb"}], ["trainer.trackers.type='wandbb' is unknown", "wandb, "]),
+        ("eval", "harness", {"tasks": []}, ["eval.harness.tasks is empty"]),
         ("trainer", "num_train_steps", 0, ["num_train_steps=0", "positive"]),
         ("trainer", "num_train_steps", -5, ["num_train_steps=-5", "positive"]),
         ("trainer", "train_batch_size", 0, ["train_batch_size=0", "positive"]),

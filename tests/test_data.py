@@ -83,6 +83,8 @@ def test_a_batch_is_a_function_of_config_seed_and_step(small_corpus: LmDataConfi
         assert _take(iter_from_step(loader, start), 24 - start) == unbroken[start:]
     _, anew = _build(cfg, batch_size)
     assert _bytes(batch_at(anew, 17)) == unbroken[17]
+    with pytest.raises(ValueError, match="step=-1 must not be negative"):
+        batch_at(anew, -1)
     levanters = anew.iter_from_step(3)
     assert _take(levanters, 5) == unbroken[3:8]
     levanters.close()

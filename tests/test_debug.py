@@ -49,6 +49,7 @@ def test_norms_are_those_of_the_gradient_and_of_the_modules() -> None:
     )
     np.testing.assert_allclose(norms.parameters["final_norm.weight"], np.sqrt(32), rtol=1e-6)
     assert norms.gradients.keys() == norms.parameters.keys()
+    assert f"activations embed                    {norms.activations['embed']:.3g}\n" in repr(norms)
     assert {name: value.shape for name, value in norms.activations.items()} == {
         "embed": (),
         "blocks.attn": (2,),

@@ -5,9 +5,11 @@ import pytest
 
 
 def test_the_tour_runs_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, embedded_corpora: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "corpora").symlink_to(embedded_corpora)
     left = runpy.run_module("experiments.notebook_tour")
     assert int(left["state"].step) == 30
     assert (tmp_path / "runs" / "tour" / "loss.png").is_file()

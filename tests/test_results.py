@@ -6,13 +6,15 @@ import pytest
 
 from grug_native.job import train_to_results
 from grug_native.metrics import parameter_counts
-from grug_native.results import RESULTS_FILE, read_results, summarize_run
+from grug_native.results import RESULTS_FILE, print_results, read_results, summarize_run
 from grug_native.runner import GrugRunner
 from grug_native.tracker import read_metrics
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
 
-def test_a_finished_run_is_summed_up_and_then_left_alone(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_summed_up_and_then_left_alone(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     caplog.set_level("INFO", "grug_native")
     config = make_run(trainer={"num_train_steps": 3})
     GrugRunner(config).fit(stop_after=2)
@@ -28,6 +30,10 @@ def test_a_finished_run_is_summed_up_and_then_left_alone(make_run: MakeRun, capl
     assert results.final["train/loss"] == rows[2]["train/loss"] and results.final["eval/loss"] == rows[3]["eval/loss"]
     assert results.final.keys() == results.first.keys() >= {"eval/caves/loss", "eval/clubs/bpb_exact"}
     assert results.training_seconds == math.fsum(float(row["throughput/duration"]) for row in rows[:3])
+    print_results(results, str(folder))
+    shown = capsys.readouterr().out
+    for words in ("held-out bits per byte", "  caves ", "  clubs ", f"{results.final['eval/loss']:.4f}", "384"):
+        assert words in shown
     assert results.hardware["devices"] == 4 and results.versions["jax"]
     assert asdict(read_results(folder)) == asdict(results)
 

@@ -15,6 +15,7 @@ from grug_native.run_folder import (
     check_disk,
     committed_steps,
     discard,
+    find_checkpoint,
     local_path,
     run_folder,
     set_aside,
@@ -72,6 +73,16 @@ def test_only_real_folders_with_something_in_them_are_checkpoints(tmp_path: Path
         make_folder(tmp_path / name)
     assert committed_steps(tmp_path) == [1000, 999, 10, 9]
     assert committed_steps(tmp_path / "missing") == []
+
+
+def test_a_missing_checkpoint_is_answered_with_the_newest_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no checkpoint: train the run first"):
+        find_checkpoint(tmp_path, None)
+    for step in range(2, 30, 2):
+        make_folder(tmp_path / f"step-{step}")
+    assert find_checkpoint(tmp_path, None).name == "step-28"
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3: there are 28, 26, .*, 10 and 4 older ones$"):
+        find_checkpoint(tmp_path, 3)
 
 
 def test_setting_aside_never_overwrites(tmp_path: Path) -> None:

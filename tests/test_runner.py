@@ -55,6 +55,15 @@ def test_a_finished_run_trains_no_more(make_run: MakeRun) -> None:
     assert record(Path(config.output_path)) == before
 
 
+def test_a_run_that_is_further_than_asked_trains_no_more(make_run: MakeRun) -> None:
+    runner = GrugRunner(make_run(eval=NO_EVAL))
+    assert int(runner.fit(stop_after=3).step) == 3
+    assert int(runner.fit(stop_after=2).step) == 3
+    assert [row["step"] for row in rows(runner.run_folder)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="stop_after=-1 must not be negative"):
+        runner.fit(stop_after=-1)
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_run: MakeRun) -> None:
     # Across a stage of the mixture, one of the batch size, and two resumes.
     stages = [(0, {"caves": 1.0, "clubs": 0.0}), (4, {"caves": 0.5, "clubs": 0.5})]

@@ -38,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line, without the program's name; by default the process's own.
     """
-    overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
+    try:
+        overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        parser.error(str(error))
     parsed = parser.parse_args(rest)
     if overrides and not parsed.takes_overrides:
         parser.error(
@@ -66,6 +69,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
     """Takes `--section.key VALUE` and `--section.key=VALUE` out of a command line; returns them, and the rest.
 
     Each takes the next word for its value, so that they may stand anywhere.
+
+    Raises:
+        ValueError: if there is none.
     """
     overrides: Overrides = []
     rest: list[str] = []
@@ -75,7 +81,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
         if found is None:
             rest.append(word)
         else:
-            overrides.append((found[1], next(words, "") if found[2] is None else found[2]))
+            value = next(words, None) if found[2] is None else found[2]
+            if value is None:
+                raise ValueError(f"{word} wants a value: {word} VALUE")
+            overrides.append((found[1], value))
     return overrides, rest
 
 
@@ -130,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = _add(add, "sample", "continue a text with a checkpoint", ("commands", "sample"))
     _add_checkpoint(sample)
     sample.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
-    sample.add_argument("--max_new_tokens", type=int, default=128, help="(default: 128)")
+    sample.add_argument("--max_new_tokens", type=int, help="(default: 128, or what the model has room for)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     sample.add_argument("--top_k", type=int, help="draw among so many likeliest tokens")
     sample.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
@@ -169,7 +178,7 @@ def _add(
 ) -> argparse.ArgumentParser:
     words = f"{help[0].upper()}{help[1:]}."
     if overrides:
-        words += " Any field of the config can be set as in --trainer.num_train_steps 200."
+        words += " Any field of the config can be set, as in --trainer.seed 1; a run's config.yaml has them all."
     parser = add_parser(name, help=help, description=words, epilog=_EXIT_CODES, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command, takes_overrides=overrides)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from rich.console import Console
@@ -26,13 +25,12 @@ from grug_native.model import Transformer
 from grug_native.parts import RunParts
 from grug_native.runner import GrugRunner
 
-if TYPE_CHECKING:
-    from grug_native.results import RunResults
-
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains a run; prints what it came to."""
-    from grug_native.job import PROCESS_VARIABLES, configure_logging, initialize_distributed, train_to_results
+    from grug_native.job import PROCESS_VARIABLES, initialize_distributed, train_to_results
+    from grug_native.progress import configure_logging
+    from grug_native.results import print_results
 
     configure_logging()
     if arguments.distributed or not os.environ.keys().isdisjoint(PROCESS_VARIABLES):
@@ -46,7 +44,7 @@ def train(arguments: argparse.Namespace) -> None:
             return
     results = train_to_results(config)
     if jax.process_index() == 0:
-        Console().print(_results_table(config, results))
+        print_results(results, config.output_path)
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -83,21 +81,11 @@ def harness(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Prints a text that a checkpoint continues."""
-    from grug_native.sample import sample as sample_text
+    from grug_native.evaluation import sample_parameters
 
     parts, _, params = _checkpoint(arguments)
-    print(
-        sample_text(
-            params,
-            parts.tokenizer,
-            arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed,
-            compute_dtype=parts.step_config.compute_dtype,
-        )
-    )
+    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+    print(sample_parameters(parts, params, arguments.prompt, **settings))
 
 
 def plot(arguments: argparse.Namespace) -> None:
@@ -106,6 +94,8 @@ def plot(arguments: argparse.Namespace) -> None:
 
     folders = [Path(run) for run in arguments.runs]
     path = folders[0] / PLOT_FILE if arguments.output is None else Path(arguments.output)
+    if not path.parent.is_dir():
+        raise ValueError(f"--output={path}: there is no folder {path.parent}")
     write_picture(plot_runs(folders), path)
     print(path)
 
@@ -139,7 +129,7 @@ def _config_file(given: str) -> Path:
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
     """A run's parts, and what one of its checkpoints holds; the run may have moved since it was trained."""
-    from grug_native.job import configure_logging
+    from grug_native.progress import configure_logging
     from grug_native.saving import load_parameters
 
     configure_logging()
@@ -152,20 +142,4 @@ def _metrics_table(title: str, metrics: Mapping[str, float]) -> Table:
     table = Table("metric", "value", title=title)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    return table
-
-
-def _results_table(config: GrugNativeRunConfig, results: "RunResults") -> Table:
-    from grug_native.plot import PLOT_FILE
-
-    table = Table("metric", "first", "last", title=f"{results.run_id} after {results.steps:,} steps")
-    for name, value in results.final.items():
-        first = results.first.get(name)
-        table.add_row(name, "" if first is None else f"{first:.4f}", f"{value:.4f}")
-    table.add_section()
-    table.add_row("tokens", "", f"{results.tokens:,}")
-    table.add_row("tokens/s", "", f"{results.tokens_per_second:,.0f}")
-    table.add_row("seconds of steps", "", f"{results.training_seconds:,.0f}")
-    table.add_row("memory of the host", "", f"{results.peak_memory_gib:.2f} GiB")
-    table.caption = f"curves: {Path(config.output_path) / PLOT_FILE}"
     return table

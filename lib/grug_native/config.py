@@ -15,6 +15,7 @@ import yaml
 
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
+from grug_native.mixture import check_names
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 
@@ -223,25 +224,39 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
     _check_keys(GrugNativeRunConfig, raw, "")
     sections = dict(raw)
     optimizer, trainer = dict(sections.get("optimizer", {})), dict(sections.get("trainer", {}))
+    if isinstance(sections.get("data"), Mapping):
+        from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
+
+        data = sections["data"]
+        _check_keys(LevanterDataConfig, data, "data.")
+        check_names(data.get("train_weights") or {}, data.get("components") or {})
+        sections["data"] = _decode(LevanterDataConfig, data, "data.")
+    if optimizer.get("levanter") is not None:
+        from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
+
+        optimizer["levanter"] = _decode(LevanterOptimizerConfig, optimizer["levanter"], "optimizer.levanter.")
+    if trainer.get("trackers"):
+        from levanter.tracker import TrackerConfig as LevanterTrackerConfig
+
+        trackers = trainer["trackers"]
+        trainer["trackers"] = [_decode(LevanterTrackerConfig, tracker, "trainer.trackers.") for tracker in trackers]
+    return _decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
+
+
+def _decode[Config](kind: type[Config], raw: Mapping[str, Any], prefix: str) -> Config:
+    if issubclass(kind, draccus.PluginRegistry):
+        choices = list(kind.get_known_choices())
+        if raw.get("type") not in choices:
+            raise ValueError(f"{prefix}type={raw.get('type')!r} is unknown: choose one of {', '.join(choices)}")
     try:
-        if isinstance(sections.get("data"), Mapping):
-            from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
-
-            _check_keys(LevanterDataConfig, sections["data"], "data.")
-            sections["data"] = draccus.decode(LevanterDataConfig, sections["data"])
-        if optimizer.get("levanter") is not None:
-            from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
-
-            optimizer["levanter"] = draccus.decode(LevanterOptimizerConfig, optimizer["levanter"])
-        if trainer.get("trackers"):
-            from levanter.tracker import TrackerConfig as LevanterTrackerConfig
-
-            trainer["trackers"] = [draccus.decode(LevanterTrackerConfig, tracker) for tracker in trainer["trackers"]]
-        return draccus.decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer})
+        return draccus.decode(kind, raw)
     except draccus.ParsingError as error:
+        refusal: BaseException = error
         # draccus only says which class refused; the refusal itself is the cause.
-        refusal = error.__cause__ if "Couldn't instantiate" in str(error) else error
-        raise ValueError(str(refusal)) from error
+        while "Couldn't instantiate" in str(refusal) and refusal.__cause__ is not None:
+            refusal = refusal.__cause__
+        words = re.sub(r" \(<class '\w+'>\)", "", " ".join(str(refusal).split()))
+        raise ValueError(re.sub("`(.*?)`", r"\1", words.replace("`", f"`{prefix}", 1))) from error
 
 
 def save_config(config: GrugNativeRunConfig, path: Path) -> None:
@@ -268,6 +283,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ValueError: if the file is no YAML, or holds no sections.
         FileNotFoundError: if there is no such file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give the YAML of a run, or the folder of one, runs/NAME")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -312,6 +329,8 @@ def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:
         if key not in known:
             raise ValueError(f"unknown config key {prefix}{key}{_nearest(key, list(known))}")
         nested = known[key]
+        if value is None and nested in (int, float, bool, str):
+            raise ValueError(f"{prefix}{key} is null, and must be of type {nested.__name__}")
         if isinstance(nested, type) and is_dataclass(nested) and isinstance(value, Mapping):
             _check_keys(nested, cast(Mapping[str, Any], value), f"{prefix}{key}.")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from grug_native.corpus_store import EOS, SPLITS, Domains, Split, file_digest, materialize, read_counts, text_file
 from grug_native.documents import Paths, docstrings, find_files, read_documents, read_stdlib, read_topics
-from grug_native.mixture import Weights
+from grug_native.mixture import Weights, check_names
 
 if TYPE_CHECKING:
     import levanter.data.text.datasets
@@ -129,9 +129,7 @@ def _check(names: Sequence[str], weights: Weights | None, vocab_size: int, valid
                 f"a domain cannot be named {name!r}: use letters, digits, '_', '-' and '.', with '/' to nest, and no "
                 "part 'train' or 'validation'"
             )
-    for stage in weights if isinstance(weights, Sequence) else [(0, weights or {})]:
-        if unknown := sorted(set(stage[1]) - set(names)):
-            raise ValueError(f"weights names {unknown}, which are none of the domains {list(names)}")
+    check_names(weights, names, "weights")
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and {EOS}")
     if not 0 <= validation_fraction < 0.5:

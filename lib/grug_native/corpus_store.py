@@ -11,6 +11,7 @@ It appears by a rename when it is complete, so that whatever kills its making le
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,13 @@ _CACHE_CHARACTERS = 16 * 2**20
 """Tokenized and written at a time."""
 
 logger = logging.getLogger(__name__)
+
+_making: list[float] = []
+
+
+def seconds_spent() -> float:
+    """Returns how long this process has spent on making corpora."""
+    return math.fsum(_making)
 
 
 def file_digest(file: Path) -> str:
@@ -82,6 +90,7 @@ def materialize(
     root = corpora / key
     if (root / _RECORD).is_file():
         return root
+    logger.info("making a corpus of %s, once: texts, tokenizer, token caches", ", ".join(domains))
     start = time.monotonic()
     corpora.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=corpora, prefix=f".{key}-") as scratch:
@@ -97,7 +106,8 @@ def materialize(
             # Another process has made the same corpus meanwhile.
             if not (root / _RECORD).is_file():
                 raise
-    logger.info("made the corpus %s in %.1f s", root, time.monotonic() - start)
+    _making.append(time.monotonic() - start)
+    logger.info("made the corpus %s in %.1f s", root, _making[-1])
     return root
 
 

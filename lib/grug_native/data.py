@@ -192,8 +192,11 @@ def batch_at(loader: DataLoader[GrugLmExample], step: int) -> GrugLmExample:
     Every leaf has a leading batch axis. Each process reads only the sequences that its own devices need.
 
     Raises:
-        ValueError: if the data end before the step does (only with a `stop_strategy` other than "restart").
+        ValueError: if the step is negative, or the data end before it does (only with a `stop_strategy` other than
+            "restart").
     """
+    if step < 0:
+        raise ValueError(f"step={step} must not be negative")
     size = loader.scheduler.batch_size_at_step(step)
     first = loader.scheduler.global_data_offset_by_step(step)
     local = loader.local_data_indices_by_device_for_step(step).values()

@@ -78,7 +78,7 @@ def decode_batch(batch: LmBatch, tokenizer: "MarinTokenizer") -> BatchText:
     return BatchText(tuple(row(number) for number in range(tokens.shape[0])))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModuleNorms:
     """How large things are, module by module. What belongs to a layer is an array over the layers."""
 
@@ -88,6 +88,16 @@ class ModuleNorms:
     """L2 norm of each parameter."""
     activations: Mapping[str, np.ndarray]
     """Root mean square of what the embedding, each attention, MLP and block, and the final norm give out."""
+
+    @override
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{kind} {name:<24} {' '.join(f'{float(norm):.3g}' for norm in np.atleast_1d(values))}"
+            for kind in ("gradients", "parameters", "activations")
+            for name, values in getattr(self, kind).items()
+        )
+
+    __repr__ = __str__
 
 
 def module_norms(params: Transformer, batch: LmBatch, *, compute_dtype: ComputeDtype = "float32") -> ModuleNorms:

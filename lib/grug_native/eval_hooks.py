@@ -11,6 +11,7 @@ from typing import final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import levanter.eval
 import numpy as np
 from haliax import Axis
 from haliax.partitioning import axis_mapping
@@ -50,6 +51,9 @@ _PREFETCHED_BATCHES = 4
 """levanter's own 100 would fill the devices with tokens."""
 
 logger = logging.getLogger(__name__)
+
+# Its bar for each evaluation would be drawn across the one of the run.
+levanter.eval.tqdm = lambda batches, *_, **__: batches
 
 
 def build_eval_sets(

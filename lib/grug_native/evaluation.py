@@ -78,6 +78,13 @@ def harness_parameters(
         return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
 
 
+def sample_parameters(parts: RunParts, params: Transformer, prompt: str, **settings: Any) -> str:
+    """Continues a text with parameters of a run; see `grug_native.sample.sample` for the settings."""
+    from grug_native.sample import sample
+
+    return sample(params, parts.tokenizer, prompt, compute_dtype=parts.step_config.compute_dtype, **settings)
+
+
 @final
 class Evaluations:
     """What the loop does between steps: held-out sets, tasks and samples, when they are due.
@@ -95,8 +102,13 @@ class Evaluations:
         """Time spent so far."""
 
     def check(self, state: GrugTrainState) -> None:
-        """Evaluates a sequence of each set, and loads the tasks: what cannot work raises now, and not at the end."""
+        """Evaluates a sequence of each set, loads the tasks, measures the prompts: what cannot work raises now."""
+        from grug_native.sample import check_room
+
         started = time.perf_counter()
+        config = self._parts.config
+        for prompt in config.eval.sample_prompts:
+            check_room(config.model, 1 + len(self._parts.tokenizer.encode(prompt)), config.eval.sample_tokens)
         if self._parts.tagged is not None:
             self._parts.tagged.check_one_batch(state.params)
         _ = self._parts.harness
@@ -136,26 +148,19 @@ class Evaluations:
     def _evaluate(self, state: GrugTrainState, step: int) -> None:
         fault_point("eval", step, process=jax.process_index())
         assert self._parts.evaluation is not None
+        started = time.perf_counter()
         metrics = self._parts.evaluation(state)
         self._log(metrics, step)
-        logger.info("step %d: held-out %s", step, ", ".join(f"{k} {metrics[k]:.4f}" for k in _SHOWN if k in metrics))
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
+        logger.info("step %d: %s (%.1f s)", step, shown, time.perf_counter() - started)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._tracker.log(metrics, step=step)
 
     def _sample(self, state: GrugTrainState, step: int) -> None:
-        from grug_native.sample import sample
-
-        config = self._parts.config
+        config, parts = self._parts.config, self._parts
         texts = [
-            sample(
-                state.params,
-                self._parts.tokenizer,
-                prompt,
-                max_new_tokens=config.eval.sample_tokens,
-                seed=step,
-                compute_dtype=self._parts.step_config.compute_dtype,
-            )
+            sample_parameters(parts, state.params, prompt, max_new_tokens=config.eval.sample_tokens, seed=step)
             for prompt in config.eval.sample_prompts
         ]
         path, heading = local_path(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
 from grug_native.process import prepare_process
+from grug_native.progress import configure_logging
 from grug_native.results import RESULTS_FILE, RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import local_path
 from grug_native.runner import GrugRunner
@@ -89,14 +90,6 @@ def check_tokenizer(data: "LmDataConfig") -> None:
             "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
             "own: with the speedrun, --data local or --data FOLDER"
         ) from error
-
-
-def configure_logging() -> None:
-    """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("grug_native").setLevel(logging.INFO)
-    # levanter warns of each evaluation batch that is not there at once.
-    logging.getLogger("levanter.data.loader").setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,12 +16,11 @@ import gc
 import logging
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import final
 
 import jax
 import jax.numpy as jnp
-import psutil
 
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.checkpoint_metadata import CheckpointMetadata, CheckpointMismatchError
@@ -29,8 +28,10 @@ from grug_native.config import GrugTrainerConfig, config_to_dict, save_config
 from grug_native.data import iter_from_step, mixture_metrics
 from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
+from grug_native.metrics import peak_memory
 from grug_native.parts import RunParts
-from grug_native.progress import ProgressLine
+from grug_native.plan import build_plan
+from grug_native.progress import ProgressLine, StartUp, messages_shown
 from grug_native.run_folder import CONFIG_FILE, committed_steps, local_path, step_name
 from grug_native.saving import open_checkpointer
 from grug_native.signals import StopSignal
@@ -51,13 +52,20 @@ class EvaluationError(RuntimeError):
 
 def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -> GrugTrainState:
     """Runs the loop; see `GrugRunner.fit`."""
-    started = _process_age()
+    start_up = StartUp()
     config, trainer = parts.config, parts.config.trainer
+    if stop_after is not None and stop_after < 0:
+        raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
     folder, process = local_path(config.output_path), jax.process_index()
     with ExitStack() as stack:
+        stack.enter_context(messages_shown())
+        plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
+        logger.info("%s", plan.in_a_line)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(jax.set_mesh(parts.mesh))
+        with start_up.data():
+            loader = parts.loader
         checkpointer = stack.enter_context(open_checkpointer(parts))
         checkpointer.preflight(parts.state_shape)
         if resume_step is not None:
@@ -77,12 +85,12 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         log = _StepLog(parts, tracker, progress, checkpointer)
         evaluations = Evaluations(parts, tracker)
         evaluations.check(state)
-        batches = iter_from_step(parts.loader, start, interrupted=lambda: stop.exit_code is not None)
+        batches = iter_from_step(loader, start, interrupted=lambda: stop.exit_code is not None)
         stack.callback(batches.close)
         step = start
         while True:
             checkpointer.check()
-            stopping = stop.should_stop(step) or step == last
+            stopping = stop.should_stop(step) or step >= last
             kind = checkpointer.due(step) if step > start else None
             evaluating = evaluations.is_due(step)
             if stopping or kind is not None or evaluating:
@@ -99,7 +107,8 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
             waiting_since = time.perf_counter()
             try:
                 fault_point("data", step, process=process)
-                batch = next(batches, None)
+                with start_up.data() if step == start else nullcontext():
+                    batch = next(batches, None)
             except Exception:
                 # The state is good. With several processes the others are elsewhere, and would not take part.
                 if step > start and jax.process_count() == 1:
@@ -118,7 +127,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
             log.push(step, metrics, loading_time)
             if step == start:
                 log.flush()
-                _report_start(started, evaluating=evaluations.seconds, compiling=time.perf_counter() - dispatched)
+                start_up.report(evaluation=evaluations.seconds, compilation=time.perf_counter() - dispatched)
                 # What is alive now stays: scanning it again and again would stall the loop.
                 gc.freeze()
                 stack.callback(gc.unfreeze)
@@ -145,12 +154,6 @@ def _check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata)
             f"{trainer.train_batch_size} it would come after {wanted}, so that the next batch would not be the next: "
             f"give the change as a schedule that begins at step {step}, ((0, ...), ({step}, ...))"
         )
-
-
-def _report_start(imported: float, *, evaluating: float, compiling: float) -> None:
-    total = _process_age()
-    parts = (imported, total - imported - evaluating - compiling, evaluating, compiling)
-    logger.info("first step after %.1f s: import %.1f, data %.1f, evaluation %.1f, compile %.1f", total, *parts)
 
 
 @final
@@ -219,7 +222,8 @@ class _StepLog:
             step + 1,
             loss=float(metrics.loss),
             learning_rate=float(metrics.learning_rate),
-            tokens_per_second=throughput["throughput/tokens_per_second"],
+            throughput=throughput,
+            memory=peak_memory(),
         )
 
     def restart_clock(self) -> None:
@@ -250,8 +254,3 @@ class _StepLog:
             f"{what} (`runner.show_batch({step})`). Nothing of it was saved; the last good checkpoint is {last}; "
             f"{way_out}"
         )
-
-
-def _process_age() -> float:
-    """Seconds since this process started."""
-    return time.time() - psutil.Process().create_time()

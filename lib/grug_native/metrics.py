@@ -1,5 +1,6 @@
 """Counts and rates: parameters, floating-point operations, throughput, utilisation."""
 
+import resource
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -56,11 +57,19 @@ def peak_device_flops(device: Device) -> float | None:
     return None if device.platform == "cpu" else device_flops_for_jax_device(device.device_kind)
 
 
+def peak_memory() -> int:
+    """Most bytes that this process has held so far on its first device; with a CPU, on the host."""
+    stats = jax.local_devices()[0].memory_stats()
+    # Linux counts the host's in KiB.
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Turns the time of a step into levanter's `throughput/*` metrics."""
 
     config: GrugModelConfig
+    """The model."""
     seq_len: int
     """Tokens of a sequence."""
     peak_flops: float | None

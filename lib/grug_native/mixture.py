@@ -1,7 +1,7 @@
 """The weights of a mixture: what they say, and whether they can be kept."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 type Weights = Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]]
 """Weights of the components; or stages, pairs of (first step, weights)."""
@@ -10,6 +10,17 @@ type Weights = Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]]
 def mixture_stages(weights: Weights | None) -> list[tuple[int, Mapping[str, float]]]:
     """Pairs of (first step, weights); none where there are no components."""
     return [(0, weights)] if isinstance(weights, Mapping) else list(weights or ())
+
+
+def check_names(weights: Weights | None, components: Collection[str], field: str = "data.train_weights") -> None:
+    """Refuses weights of what is no component.
+
+    Raises:
+        ValueError: names them, and the components.
+    """
+    for _, shares in mixture_stages(weights):
+        if unknown := sorted(set(shares) - set(components)):
+            raise ValueError(f"{field} names {unknown}, which are none of the components {sorted(components)}")
 
 
 def check_mixture(weights: Weights | None, block: int, sequences_before: Callable[[int], int]) -> None:

@@ -23,7 +23,7 @@ from grug_native.checkpoint_leaves import state_bytes
 from grug_native.debug import lower_step
 from grug_native.loss import choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.mixture import Weights, check_mixture, mixture_stages
+from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
 from grug_native.parts import RunParts
 from grug_native.process import CACHE_VARIABLE, TUNABLES_VARIABLE
 from grug_native.run_folder import committed_steps, local_path
@@ -58,7 +58,9 @@ class DataSketch:
             found["train_weights"] = [(step, {n: float(w) for n, w in shares.items()}) for step, shares in weights]
         elif isinstance(weights, dict):
             found["train_weights"] = {name: float(weight) for name, weight in weights.items()}
-        return DataSketch(**found)
+        sketch = DataSketch(**found)
+        check_names(sketch.train_weights, sketch.components)
+        return sketch
 
 
 def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> RunPlan:

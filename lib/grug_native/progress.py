@@ -1,56 +1,175 @@
-"""The progress line of a run."""
+"""What a run says while it runs: its log messages, and the progress line."""
 
 import logging
-from typing import final
+import math
+import sys
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar, final, override
+
+import psutil
+from tqdm.auto import tqdm
+
+from grug_native.corpus_store import seconds_spent
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SMOOTHING = 0.9
+"""Weight of the past in the step time that is shown, per step."""
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class MessageHandler(logging.Handler):
+    """Writes log messages to stderr, above a progress bar if there is one.
+
+    Ours are told with the time alone; those of other packages with their origin, so that they can be told apart.
+    """
+
+    def __init__(self) -> None:
+        """Takes its format from nobody."""
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.name.partition(".")[0] not in ("grug_native", "__main__"):
+            text = f"{text} [{record.levelname.lower()} of {record.name}]"
+        tqdm.write(text, file=sys.stderr)
+
+
+def configure_logging() -> None:
+    """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
+    logging.basicConfig(level=logging.WARNING, handlers=[MessageHandler()])
+    logging.getLogger("grug_native").setLevel(logging.INFO)
+    # levanter warns of each evaluation batch that is not there at once.
+    logging.getLogger("levanter.data.loader").setLevel(logging.ERROR)
+
+
+@contextmanager
+def messages_shown() -> Generator[None]:
+    """Shows this package's messages for a while, if nobody has set logging up, as in a notebook."""
+    package = logging.getLogger("grug_native")
+    if package.hasHandlers():
+        yield
+        return
+    handler, level = MessageHandler(), package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+@final
+class StartUp:
+    """Where the time from the start of the process to the first step goes."""
+
+    _first: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        """Begins at the start of the training; what was before it is imports, and making a corpus.
+
+        Not so in a session, whose age says how long its user has been thinking, nor in the second run of a process.
+        """
+        self._data = 0.0
+        self._imports = 0.0
+        if StartUp._first and not hasattr(sys, "ps1"):
+            StartUp._first = False
+            self._data = seconds_spent()
+            self._imports = max(0.0, time.time() - psutil.Process().create_time() - self._data)
+        self._before = self._imports + self._data
+        self._begun = time.perf_counter()
+
+    @contextmanager
+    def data(self) -> Generator[None]:
+        """Counts what happens in it as time for data."""
+        started = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - started
+
+    def report(self, *, evaluation: float, compilation: float) -> None:
+        """Logs the parts, of which two are given, in seconds; what remains is planning and looking for checkpoints."""
+        total = self._before + time.perf_counter() - self._begun
+        parts = {"import": self._imports, "data": self._data, "evaluation": evaluation, "compile": compilation}
+        parts["other"] = max(0.0, total - math.fsum(parts.values()))
+        shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if name != "import" or seconds)
+        logger.info("first step after %.1f s: %s", total, shown)
 
 
 @final
 class ProgressLine:
-    """Step, percentage, loss, learning rate, tokens per second and time left.
+    """Step, percentage, loss, learning rate, tokens per second, MFU where it is known, memory, and time left.
 
     A bar in a terminal or a notebook; elsewhere (nohup, a pipe, CI) a line of the log every ten seconds.
     """
 
-    def __init__(self, num_steps: int, *, start_step: int = 0):
-        """Shows the line.
+    def __init__(self, num_steps: int, *, start_step: int = 0, bar: bool | None = None):
+        """Begins the line.
 
         Args:
             num_steps: Steps of the whole run.
             start_step: Steps that were done before, in the run that this one resumes.
+            bar: Show a bar; None does where one can be seen.
         """
-        # Here and not above: choosing between a bar and log lines imports IPython.
-        from tqdm_loggable.auto import tqdm
-        from tqdm_loggable.tqdm_logging import tqdm_logging
-
-        self._is_log = issubclass(tqdm, tqdm_logging)
-        self._logger = logging.getLogger(tqdm_logging.__module__)
-        self._previous_level = self._logger.level
-        self._handler = None if self._logger.hasHandlers() else logging.StreamHandler()
-        self._logger.setLevel(logging.INFO)
-        if self._handler is not None:
-            self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            self._logger.addHandler(self._handler)
+        if bar is None:
+            bar = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._bar = None
+        if bar:
+            shape = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(total=num_steps, initial=start_step, bar_format=shape, dynamic_ncols=True)
         self._num_steps = num_steps
-        self._bar = tqdm(desc="train", total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._start = self._done = start_step
+        self._text = ""
+        self._seconds: float | None = None
+        self._last_line = -_SECONDS_BETWEEN_LINES
 
-    def update(self, steps_done: int, *, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+    def update(
+        self, steps_done: int, *, loss: float, learning_rate: float, throughput: Mapping[str, float], memory: int
+    ) -> None:
         """Brings the line up to date; cheap enough for every step.
 
         Args:
             steps_done: Steps of the whole run that are done.
             loss: Nats per token.
             learning_rate: Of the step just done.
-            tokens_per_second: Over all devices.
+            throughput: The step's `throughput/*` metrics. Those of the first step, which is compiled on the way, say
+                nothing about the next ones and are left out.
+            memory: Bytes in use.
         """
-        postfix = f"loss={loss:.4g}, lr={learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s"
-        if self._is_log:  # a bar shows the percentage itself
-            postfix = f"{steps_done / self._num_steps:.1%}, {postfix}"
-        self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(steps_done - self._bar.n)
+        parts = [f"loss {loss:.4g}", f"lr {learning_rate:.2e}"]
+        left = ""
+        if steps_done > self._start + 1:
+            duration = throughput["throughput/duration"]
+            past = duration if self._seconds is None else self._seconds
+            self._seconds = _SMOOTHING * past + (1 - _SMOOTHING) * duration
+            faster = duration / self._seconds
+            parts.append(f"{faster * throughput['throughput/tokens_per_second']:,.0f} tokens/s")
+            if "throughput/mfu" in throughput:
+                parts.append(f"{faster * throughput['throughput/mfu']:.1f}% MFU")
+            left = f"{tqdm.format_interval((self._num_steps - steps_done) * self._seconds)} left"
+        parts.append(f"{memory / 2**30:.1f} GiB")
+        self._text = ", ".join([*parts, left] if left else parts)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text, refresh=False)
+            self._bar.update(steps_done - self._done)
+        self._done = steps_done
+        if self._bar is None and time.monotonic() >= self._last_line + _SECONDS_BETWEEN_LINES:
+            self._log_line()
 
     def close(self) -> None:
         """Shows the last state and ends the line."""
-        self._bar.close()
-        self._logger.setLevel(self._previous_level)
-        if self._handler is not None:
-            self._logger.removeHandler(self._handler)
+        if self._bar is not None:
+            self._bar.close()
+        elif self._text:
+            self._log_line()
+
+    def _log_line(self) -> None:
+        logger.info(
+            "step %d/%d (%.1f%%): %s", self._done, self._num_steps, 100 * self._done / self._num_steps, self._text
+        )
+        self._last_line, self._text = time.monotonic(), ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from statistics import median
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 from grug_native.checkpoint import CHECKPOINTS_FOLDER
 from grug_native.checkpoint_metadata import read_metadata
@@ -111,6 +114,30 @@ def read_results(folder: Path) -> RunResults:
     """
     raw: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text())
     return RunResults(**raw)
+
+
+def print_results(results: RunResults, folder: str) -> None:
+    """Prints a finished run as a table: losses, bits per byte by domain, task scores, speed; and where things are."""
+    table = Table("", "first", "last", title=f"{results.run_id} after {results.steps:,} steps")
+    known = {"train/loss": "training loss", "eval/loss": "held-out loss", "eval/bpb_exact": "held-out bits per byte"}
+    tags = [name[5:-10] for name in results.final if re.fullmatch("eval/(?!ema/|macro_).*/bpb_exact", name)]
+    leaves = [tag for tag in tags if not any(other.startswith(f"{tag}/") for other in tags)]
+    known |= {f"eval/{tag}/bpb_exact": f"  {tag}" for tag in leaves}
+    known |= {"eval/ema/loss": "held-out loss, averaged", "eval/ema/bpb_exact": "held-out bits per byte, averaged"}
+    known |= {name: name for name in results.final if name.startswith("lm_eval/")}
+    for name, label in known.items():
+        if name in results.final:
+            first = results.first.get(name)
+            table.add_row(label, "" if first is None else f"{first:.4f}", f"{results.final[name]:.4f}")
+    table.add_section()
+    table.add_row("parameters", "", f"{results.parameters:,}")
+    table.add_row("tokens", "", f"{results.tokens:,}")
+    table.add_row("model FLOPs", "", f"{results.model_flops:.3g}")
+    table.add_row("seconds of steps", "", f"{results.training_seconds:,.0f}")
+    table.add_row("tokens/s", "", f"{results.tokens_per_second:,.0f}")
+    table.add_row("memory of the host", "", f"{results.peak_memory_gib:.2f} GiB")
+    Console().print(table)
+    print(f"{folder}: curves in loss.png, every step in metrics.jsonl, all metrics in {RESULTS_FILE}")
 
 
 def _numbers(rows: Sequence[MetricRow], name: str) -> list[float]:

@@ -31,6 +31,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SPARE_DISK = 2.2
+_NAMED_STEPS = 10
+"""An error names so many checkpoints."""
 
 
 class RunLockedError(RuntimeError):
@@ -110,7 +112,9 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
     if not steps:
         raise ValueError(f"{folder} holds no checkpoint: train the run first, or give the folder of one that has")
     if step is not None and step not in steps:
-        raise ValueError(f"{folder} holds no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
+        more = f" and {len(steps) - _NAMED_STEPS} older ones" if len(steps) > _NAMED_STEPS else ""
+        named = ", ".join(map(str, steps[:_NAMED_STEPS]))
+        raise ValueError(f"{folder} holds no checkpoint of step {step}: there are {named}{more}")
     return folder / step_name(steps[0] if step is None else step)
 
 

@@ -106,6 +106,15 @@ class RunPlan:
         """Tokens seen for each parameter; about 20 is what Hoffmann et al. 2022 (arXiv 2203.15556) call optimal."""
         return self.tokens / self.parameters["total"]
 
+    @property
+    def in_a_line(self) -> str:
+        """The sizes, in a line."""
+        sequences = " then ".join(str(size) for _, size in self.batch_stages)
+        return (
+            f"{self.run_id}: {self.parameters['total']:,} parameters, {self.steps:,} steps of {sequences} x "
+            f"{self.seq_len} tokens ({self.tokens_per_parameter:.1f} a parameter), on {self.device}"
+        )
+
     def __rich__(self) -> "Table":
         """The table, for rich."""
         from rich.table import Table

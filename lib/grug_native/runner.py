@@ -132,25 +132,17 @@ class GrugRunner(eqx.Module):
         state: GrugTrainState,
         prompt: str = "",
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int | None = None,
         seed: int = 0,
     ) -> str:
         """Continues a text with a state's parameters; see `grug_native.sample.sample`."""
-        from grug_native.sample import sample
+        from grug_native.evaluation import sample_parameters
 
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
         with self._using(state):
-            return sample(
-                state.params,
-                self._parts.tokenizer,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                seed=seed,
-                compute_dtype=self._parts.step_config.compute_dtype,
-            )
+            return sample_parameters(self._parts, state.params, prompt, **settings)
 
     def save(self, state: GrugTrainState) -> Path:
         """Saves a state as `checkpoints/step-N`, and waits until it is there; returns that folder.
@@ -224,7 +216,6 @@ class GrugRunner(eqx.Module):
         """
         from grug_native.loop import train
 
-        self.plan()  # What can be known to be wrong is found now, before anything is compiled.
         state = train(self._parts, stop_after=stop_after, resume_step=resume_step)
         if jax.process_index() == 0 and int(state.step) > 0:
             self.plot()

@@ -23,6 +23,8 @@ from grug_native.types import Scalar
 if TYPE_CHECKING:
     from levanter.tokenizers import MarinTokenizer
 
+_NEW_TOKENS = 128
+"""Drawn if nobody says how many."""
 _ROUNDED_TO = 64
 """Lengths are rounded up to a multiple of this many positions, so that few of them are compiled."""
 
@@ -91,6 +93,21 @@ def _attend(
     return jnp.einsum("bngsk,bkne->bsnge", weights, v).reshape(q.shape)
 
 
+def check_room(config: GrugModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuses a prompt and new tokens that do not fit in the model together.
+
+    Raises:
+        ValueError: says how many would.
+    """
+    room = config.max_seq_len - prompt_tokens
+    if not 1 <= max_new_tokens <= room:
+        way_out = f"ask for 1 to {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit in "
+            f"model.max_seq_len={config.max_seq_len}: {way_out}"
+        )
+
+
 def generate(
     params: Transformer,
     prompt: Sequence[int],
@@ -121,12 +138,7 @@ def generate(
     config = params.config
     if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise ValueError(f"the prompt must be token ids in [0, {config.vocab_size}), at least one; it is {prompt}")
-    if max_new_tokens < 1 or len(prompt) + max_new_tokens > config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} do not fit in "
-            f"model.max_seq_len={config.max_seq_len}: ask for 1 to {config.max_seq_len - len(prompt)} new tokens, or "
-            "shorten the prompt"
-        )
+    check_room(config, len(prompt), max_new_tokens)
     if temperature < 0 or (top_k is not None and not 1 <= top_k <= config.vocab_size):
         raise ValueError(
             f"temperature={temperature} must not be negative, and top_k={top_k} must be null or lie in "
@@ -203,7 +215,7 @@ def sample(
     tokenizer: "MarinTokenizer",
     prompt: str = "",
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
@@ -212,7 +224,7 @@ def sample(
     """Continues a text until the tokenizer's end of document; see `generate` for the arguments.
 
     A text begins as training documents do: after the tokenizer's BOS, if it has one. An empty prompt without one
-    begins after EOS.
+    begins after EOS. With None for `max_new_tokens`, at most 128 are drawn, or as many as there is room for.
 
     Returns:
         The prompt and its continuation.
@@ -227,6 +239,8 @@ def sample(
         if eos is None:
             raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with: give a prompt")
         start = [eos]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(_NEW_TOKENS, params.config.max_seq_len - len(start) - len(ids)))
     new = generate(
         params,
         [*start, *ids],

@@ -19,8 +19,9 @@ from grug_native.cli_errors import explain
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
 from grug_native.corpus import local_text_data
 from grug_native.eval_config import GrugEvalConfig
-from grug_native.job import configure_logging, initialize_distributed
+from grug_native.job import initialize_distributed
 from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.progress import configure_logging
 from grug_native.runner import GrugRunner
 from grug_native.signals import ExitCode
 from tests.faults.runs import NUM_STEPS, Job

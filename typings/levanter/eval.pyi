@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,8 @@ from levanter.tokenizers import MarinTokenizer
 Ex = TypeVar("Ex")
 M = TypeVar("M")
 T = TypeVar("T")
+
+tqdm: Callable[..., Iterable[Any]]
 
 type LossFnOutput = tuple[Array, Array, Array]
 

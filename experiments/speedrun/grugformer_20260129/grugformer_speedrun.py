@@ -28,9 +28,10 @@ from grug_native import (
     GrugOptimizerConfig,
     GrugTrainerConfig,
 )
-from grug_native.job import check_tokenizer, configure_logging, train_to_results
+from grug_native.job import check_tokenizer, train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.results import RESULTS_FILE, RunResults
+from grug_native.progress import configure_logging
+from grug_native.results import print_results
 from grug_native.signals import ExitCode
 
 if TYPE_CHECKING:
@@ -243,30 +244,6 @@ def print_run_info(size: str, *, num_train_steps: int | None = None) -> None:
         what = f"{asked.chip_count()} chip(s) of {asked.device.variant}"
         table.add_row("device FLOP/s", f"{peak:.3e} on {what}: {hours / 0.4:,.1f} h at 40% of it")
     Console().print(table)
-
-
-def print_results(results: RunResults, folder: str) -> None:
-    """Prints what a finished run amounts to."""
-    scores = Table("", "first", "last", title=f"{results.run_id}: finished", title_justify="left")
-    shown = {"train/loss": "training loss", "eval/loss": "held-out loss", "eval/bpb_exact": "held-out bits per byte"}
-    domains = {f"eval/{tag}/bpb_exact": f"  {tag}" for tag in _domains(results)}
-    tasks = {name: name for name in results.final if name.startswith("lm_eval/")}
-    for name, label in (shown | domains | tasks).items():
-        if name in results.final:
-            scores.add_row(label, *(f"{values[name]:.4f}" for values in (results.first, results.final)))
-    Console().print(scores)
-    print(
-        f"{results.parameters:,} parameters, {results.tokens:,} tokens in {results.steps:,} steps: "
-        f"{results.model_flops:.3e} model FLOPs\n"
-        f"{results.training_seconds:,.1f} s in steps, {results.tokens_per_second:,.0f} tokens/s (median), "
-        f"at most {results.peak_memory_gib:.2f} GiB on the host\n"
-        f"{folder}/{RESULTS_FILE}"
-    )
-
-
-def _domains(results: RunResults) -> list[str]:
-    tags = [name.removeprefix("eval/").removesuffix("/bpb_exact") for name in results.final if name.count("/") > 1]
-    return [tag for tag in tags if f"eval/{tag}/bpb_exact" in results.final]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,3 +1,0 @@
-from tqdm_loggable.auto import tqdm
-
-class tqdm_logging(tqdm): ...
