@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from grug_native.plot import plot_runs, write_picture
@@ -39,14 +40,22 @@ def make_run(folder: Path, steps: int, *, level: float = 3.0) -> Path:
     return write_run(folder, rows)
 
 
+def labels(axes: Axes) -> list[str]:
+    """The legend's, without the value at the end that stands behind each."""
+    return [label.rsplit("  ", 1)[0] for label in axes.get_legend_handles_labels()[1]]
+
+
 def test_one_run_has_every_curve(tmp_path: Path) -> None:
     loss, bpb, rate, norm, speed, mixture = plot_runs([make_run(tmp_path / "a", 200)]).axes
-    assert loss.get_legend_handles_labels()[1] == ["training", "held out"]
+    assert labels(loss) == ["training", "held out"]
     # The leaves of the tags, and the total; not what lies between.
-    assert bpb.get_legend_handles_labels()[1] == ["all", "python/code", "python/docs"]
-    assert mixture.get_legend_handles_labels()[1] == ["python/code", "python/docs"]
+    assert labels(bpb) == ["all", "python/code", "python/docs"]
+    assert labels(mixture) == ["python/code", "python/docs"]
     assert [axes.has_data() for axes in (rate, norm, speed)] == [True] * 3
     assert norm.get_yscale() == "log"
+    # The last value stands beside each name; what is mostly constant is drawn from zero on.
+    assert bpb.get_legend_handles_labels()[1][0] == "all  1.5"
+    assert [axes.get_ylim()[0] for axes in (rate, speed, mixture)] == [0, 0, 0]
     pale, smooth = loss.lines[:2]
     assert np.shape(pale.get_xydata()) == (200, 2)
     assert np.shape(smooth.get_xydata()) == (60, 2)
@@ -55,7 +64,7 @@ def test_one_run_has_every_curve(tmp_path: Path) -> None:
 def test_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a", 20), make_run(tmp_path / "b", 30, level=4.0)]
     loss, bpb, rate, *_ = plot_runs(folders).axes
-    assert loss.get_legend_handles_labels()[1] == ["a, training", "a, held out", "b, training", "b, held out"]
+    assert labels(loss) == ["a, training", "a, held out", "b, training", "b, held out"]
     assert [np.asarray(line.get_ydata())[-1] for line in loss.lines] == pytest.approx(
         [3 + math.exp(-19 / 50), 3, 4 + math.exp(-29 / 50), 4]
     )
@@ -65,8 +74,7 @@ def test_runs_are_laid_over_each_other(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / parent / "run", 5) for parent in ("x", "y")]
-    labels = plot_runs(folders).axes[2].get_legend_handles_labels()[1]
-    assert labels == [str(folder) for folder in folders]
+    assert labels(plot_runs(folders).axes[2]) == [str(folder) for folder in folders]
 
 
 def test_what_was_not_logged_is_said_so(tmp_path: Path) -> None:

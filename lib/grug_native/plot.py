@@ -20,6 +20,8 @@ _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#
 _DASHES = ("-", "--", ":", "-.")
 _SMOOTH_POINTS = 60
 """A noisy curve of more points than this is drawn pale, under one of so many points."""
+_MARKED_POINTS = 30
+"""The points of a curve of so few can be told apart."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,16 @@ class _Panel:
     metrics: tuple[str, ...]
     smooth: bool = False
     log: bool = False
+    bottom: int | None = None
 
 
 _PANELS = (
     _Panel("Loss", "nats a token", ("train/loss", "eval/loss"), smooth=True),
     _Panel("Held-out bits per byte", "bits a byte", ("/bpb_exact", "/bpb")),
-    _Panel("Learning rate", "", ("optim/learning_rate",)),
+    _Panel("Learning rate", "", ("optim/learning_rate",), bottom=0),
     _Panel("Gradient norm, before clipping", "L2", ("grad/norm/total",), smooth=True, log=True),
-    _Panel("Throughput", "tokens/s", ("throughput/tokens_per_second",), smooth=True),
-    _Panel("Mixture", "share", ("mixture/weight/",)),
+    _Panel("Throughput", "tokens/s", ("throughput/tokens_per_second",), smooth=True, bottom=0),
+    _Panel("Mixture", "share", ("mixture/weight/",), bottom=0),
 )
 
 
@@ -86,31 +89,37 @@ def _read(folder: Path) -> list[MetricRow]:
 
 
 def _draw(axes: "Axes", panel: _Panel, runs: dict[str, list[MetricRow]]) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
+    by_domain = panel.metrics[0].startswith("/")
     for number, (run, rows) in enumerate(runs.items()):
         for position, metric in enumerate(_metrics(panel, rows)):
             steps, values = _series(rows, metric)
-            label = _label(panel, metric, run if len(runs) > 1 else "")
-            if len(runs) > 1 and not metric.endswith(("bpb", "bpb_exact")) and "mixture" not in metric:
-                colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[position % len(_DASHES)]
-            else:
-                colour, dash = _COLOURS[position % len(_COLOURS)], _DASHES[number % len(_DASHES)]
-            few = len(steps) <= _SMOOTH_POINTS
-            if panel.smooth and not few:
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            name = _label(panel, metric, run if len(runs) > 1 else "")
+            # Of several runs each has a colour, except where there are many curves to a run.
+            by_run = len(runs) > 1 and not by_domain
+            colour = _COLOURS[(number if by_run else position) % len(_COLOURS)]
+            dash = _DASHES[(number if by_domain else position) % len(_DASHES)]
+            if panel.smooth and len(steps) > _SMOOTH_POINTS:
+                axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
                 steps, values = _smoothed(steps, values)
-            axes.plot(steps, values, dash, color=colour, label=label, linewidth=1.6, marker="." if few else "")
+            label = f"{name}  {values[-1]:.4g}".strip()
+            marker = "." if len(steps) <= _MARKED_POINTS else ""
+            axes.plot(steps, values, dash, color=colour, label=label, linewidth=1.6, marker=marker)
     axes.set_title(panel.title, fontsize=11)
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
     if not axes.has_data():
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="gray")
-    elif len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize=8, frameon=False)
+    else:
+        axes.legend(fontsize=8, frameon=False, title="at the end", title_fontsize=8, alignment="left")
     low, high = axes.dataLim.intervaly
+    if panel.bottom is not None and axes.has_data():
+        axes.set_ylim(bottom=panel.bottom)
     if panel.log and 0 < 5 * low < high:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
