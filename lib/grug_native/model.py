@@ -148,13 +148,9 @@ class Attention(eqx.Module):
     ) -> Float[Array, "B S D"]:
         """Mixes positions as `mask` allows; `rope` is `rotary_tables` of the sequence length."""
         tokens = _flatten_tokens(x)
-        heads = (*x.shape[:2], -1, config.features_per_head)
-        q, k, v = (
-            jnp.reshape(
-                tokens @ gather(w, None, "model"), heads, out_sharding=out_sharding(BATCH_AXES, None, "model", None)
-            )
-            for w in (self.wq, self.wk, self.wv)
-        )
+        heads, split = (*x.shape[:2], -1, config.features_per_head), out_sharding(BATCH_AXES, None, "model", None)
+        projected = (tokens @ gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
+        q, k, v = (jnp.reshape(y, heads, out_sharding=split) for y in projected)
         q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         context = attention(q, k, v, mask, implementation=config.attention)
         merged = jnp.reshape(context, (tokens.shape[0], -1), out_sharding=out_sharding(BATCH_AXES, "model"))

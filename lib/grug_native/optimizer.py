@@ -159,6 +159,7 @@ class GrugOptimizer(eqx.Module):
 
     config: GrugOptimizerConfig = eqx.field(static=True)
     num_train_steps: int = eqx.field(static=True)
+    """Updates of the run, for its schedule."""
 
     def init(self, params: PyTree) -> optax.OptState:
         """Optimizer state for `params`, laid out like them."""
@@ -226,6 +227,7 @@ class ScaleByMuonState(NamedTuple):
     """State of `scale_by_muon`: the momentum, shaped like the parameters."""
 
     momentum: optax.Updates
+    """A decayed sum of the gradients."""
 
 
 def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
