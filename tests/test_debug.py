@@ -102,7 +102,9 @@ def test_the_computation_as_text(make_run: MakeRun) -> None:
 def test_a_donated_state_is_told_of_in_words(make_run: MakeRun) -> None:
     runner = GrugRunner(make_run(eval=GrugEvalConfig(max_eval_batches=1)))
     state, batch = runner.init_state(), runner.batch(0)
+    assert "step=0" in repr(state)  # JAX spares the memory of a number that was looked at
     runner.train_step(state, batch)
+    assert "step=deleted" in repr(state)
     for use in (
         lambda: runner.train_step(state, batch),
         lambda: runner.sample(state, "grug"),

@@ -58,12 +58,23 @@ def test_in_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 def test_messages_show_without_any_logging_set_up_and_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = logging.getLogger("grug_native")
-    monkeypatch.setattr(package, "propagate", False)  # as if nobody listened
+    package, root = logging.getLogger("grug_native"), logging.getLogger()
+    monkeypatch.setattr(package, "level", logging.NOTSET)
+    for handlers in ([], [logging.StreamHandler()]):  # the second as some libraries leave it behind
+        monkeypatch.setattr(root, "handlers", handlers)
+        with messages_shown():
+            run(3)
+        assert capsys.readouterr().err.count("step 3/3 (100.0%)") == 1
+        assert (package.handlers, package.level, package.propagate) == ([], logging.NOTSET, True)
+
+
+def test_messages_go_where_the_user_sends_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
     with messages_shown():
         run(3)
-    assert "step 3/3 (100.0%)" in capsys.readouterr().err
-    assert (package.handlers, package.level) == ([], logging.NOTSET)
+    assert capsys.readouterr().err == ""
 
 
 def test_messages_of_others_say_whose_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from grug_native.corpus_store import seconds_spent
 
 _SECONDS_BETWEEN_LINES = 10.0
+_CHATTY = "levanter.data.loader"
+"""It warns of each batch that is not there at once; what the loop waits for is in the metrics."""
 _SMOOTHING = 0.9
 """Weight of the past in the step time that is shown, per step."""
 
@@ -44,25 +46,30 @@ def configure_logging() -> None:
     """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
     logging.basicConfig(level=logging.WARNING, handlers=[MessageHandler()])
     logging.getLogger("grug_native").setLevel(logging.INFO)
-    # levanter warns of each evaluation batch that is not there at once.
-    logging.getLogger("levanter.data.loader").setLevel(logging.ERROR)
+    logging.getLogger(_CHATTY).setLevel(logging.ERROR)
 
 
 @contextmanager
 def messages_shown() -> Generator[None]:
-    """Shows this package's messages for a while, if nobody has set logging up, as in a notebook."""
-    package = logging.getLogger("grug_native")
-    if package.hasHandlers():
+    """Shows this package's messages for a while, where nobody has set logging up: in a notebook, or a plain script."""
+    package, chatty, root = (logging.getLogger(name) for name in ("grug_native", _CHATTY, None))
+    # Importing orbax is enough to give the root a plain handler.
+    untouched = all(type(handler) is logging.StreamHandler for handler in root.handlers)
+    if not untouched or package.handlers or package.level != logging.NOTSET or package.isEnabledFor(logging.INFO):
         yield
         return
-    handler, level = MessageHandler(), package.level
+    handler, levels = MessageHandler(), (package.level, chatty.level)
     package.addHandler(handler)
+    package.propagate = False
     package.setLevel(logging.INFO)
+    chatty.setLevel(logging.ERROR)
     try:
         yield
     finally:
         package.removeHandler(handler)
-        package.setLevel(level)
+        package.propagate = True
+        package.setLevel(levels[0])
+        chatty.setLevel(levels[1])
 
 
 @final

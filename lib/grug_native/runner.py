@@ -15,7 +15,7 @@ from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
 from grug_native.parts import RunParts
 from grug_native.run_plan import RunPlan
-from grug_native.state import GrugTrainState
+from grug_native.state import GrugTrainState, is_deleted
 from grug_native.train import StepMetrics, train_step
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class GrugRunner(eqx.Module):
 
     @contextmanager
     def _using(self, state: GrugTrainState) -> Generator[None]:
-        if state.step.is_deleted():
+        if is_deleted(state):
             raise ValueError(
                 "this state was given to train_step, which reuses its memory: go on with the state that train_step "
                 "returned, or restore() one"

@@ -31,9 +31,14 @@ class GrugTrainState(eqx.Module):
     def __repr__(self) -> str:
         # While tracing, or as an abstract array, the step has no number yet.
         concrete = eqx.is_array(self.step) and not isinstance(self.step, Tracer)
-        step = "?" if not concrete else "deleted" if self.step.is_deleted() else int(self.step)
+        step = "?" if not concrete else "deleted" if is_deleted(self) else int(self.step)
         sizes = ", ".join(f"{n}: {_numbers(getattr(self, n)):,} numbers" for n in ("params", "opt_state", "ema_params"))
         return f"GrugTrainState(step={step}, {sizes})"
+
+
+def is_deleted(state: GrugTrainState) -> bool:
+    """Whether a step has taken the memory of a state, or of some of it: JAX spares what somebody has looked at."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _numbers(tree: object) -> int:
