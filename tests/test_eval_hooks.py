@@ -24,6 +24,7 @@ from levanter.grug.attention import AttentionMask
 from levanter.models.llama import LlamaLMHeadModel
 from levanter.tracker import NoopTracker, current_tracker
 
+from experiments.benchmarks.peers.levanter_llama import to_llama
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.eval_hooks import (
     EvalExample,
@@ -39,7 +40,6 @@ from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import train_step
 from tests.fixtures_run import SMALL_MODEL, make_batch
-from tests.levanter_llama import to_llama
 
 SEQ_LEN = SMALL_MODEL.max_seq_len
 VOCAB = SMALL_MODEL.vocab_size

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from levanter.data.text.examples import GrugLmExample, named_lm_example_from_grug
 from levanter.grug.attention import AttentionMask
 
+from experiments.benchmarks.peers.levanter_llama import to_llama
 from grug_native.loss import next_token_loss
 from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer, parameter_kind
 from grug_native.rotary import GrugRopeConfig
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
-from tests.levanter_llama import to_llama
 
 VARIANTS = {
     "gqa": SMALL_MODEL,

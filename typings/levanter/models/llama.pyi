@@ -20,6 +20,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     gradient_checkpointing: bool | str = True
     scan_layers: bool = True
+    reference_checkpoint: str = ""
     rope: RotaryEmbeddingsConfig = field(default_factory=DefaultRotaryEmbeddingsConfig)
     @property
     def Embed(self) -> Axis: ...

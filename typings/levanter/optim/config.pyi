@@ -23,3 +23,12 @@ class OptimizerConfig(draccus.PluginRegistry, abc.ABC):
     @abc.abstractmethod
     def build(self, num_train_steps: int) -> optax.GradientTransformation: ...
     def lr_scheduler(self, num_train_steps: int, override_lr: float | None = None) -> optax.Schedule: ...
+
+@dataclass(frozen=True)
+class AdamConfig(OptimizerConfig):
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    nesterov: bool = False
+    def build(self, num_train_steps: int) -> optax.GradientTransformation: ...

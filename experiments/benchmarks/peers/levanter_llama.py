@@ -39,7 +39,7 @@ def llama_config(config: GrugModelConfig) -> LlamaConfig:
 
 
 def to_llama(model: Transformer) -> LlamaLMHeadModel:
-    """levanter's model with the weights of `model`."""
+    """Levanter's model with the weights of `model`."""
     llama = llama_config(model.config)
     attention = llama.attention_config()
     layers, vocab = llama.Layers, Axis("vocab", model.config.vocab_size)

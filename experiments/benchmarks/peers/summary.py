@@ -1,0 +1,171 @@
+"""From what the workers said to one row for each contender."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from experiments.benchmarks.peers.gate import Turn
+from experiments.benchmarks.peers.shapes import SHAPES
+
+PEAK_BF16_FLOPS = {"NVIDIA H100": 989.5e12, "NVIDIA H200": 989.5e12}
+"""By the beginning of a device's name: the maker's dense bf16 operations per second (SXM)."""
+
+LOSS_TOLERANCE = {"ours_step": 1e-6}
+"""Relative. `fit()` and the bare step are one computation."""
+LOSS_TOLERANCE_F32 = 1e-3
+"""The others add in another order, from the same weights on the same batches."""
+LOSS_TOLERANCE_BF16 = 5e-3
+"""In bf16 a sum in another order differs by a part in 256, and what is rounded differs between the frameworks."""
+
+
+@dataclass
+class Start:
+    """One process from its start to its first step."""
+
+    first_step_after: float
+    """Seconds from the start of the process to the end of its first step."""
+    compile: float
+    """Seconds of the first step beyond a later one."""
+
+
+@dataclass
+class Record:
+    """All that was measured of a contender."""
+
+    sessions: list[list[Turn]] = field(default_factory=list[list[Turn]])
+    """The turns of each of its processes that took part in rounds; the first is its first step."""
+    cold: list[Start] = field(default_factory=list[Start])
+    """Starts with nothing compiled before."""
+    warm: list[Start] = field(default_factory=list[Start])
+    """Starts after a cold one."""
+    host: list[float] = field(default_factory=list[float])
+    """Seconds of a step of the model that computes next to nothing."""
+    idle: list[float] = field(default_factory=list[float])
+    """Processors that it used while another one worked, by round."""
+
+
+@dataclass
+class Comparison:
+    """What goes to the JSON file and comes back from it."""
+
+    shape: str
+    environment: dict[str, Any]
+    flops: dict[str, float] = field(default_factory=dict[str, float])
+    """Operations of a token, `full` and `causal`, and the number of `parameters`."""
+    records: dict[str, Record] = field(default_factory=dict[str, Record])
+    matmul: list[float] = field(default_factory=list[float])
+    """Operations per second that products of f32 matrices reached, by round."""
+
+    def record(self, name: str) -> Record:
+        """The record of a contender, a new one if need be."""
+        return self.records.setdefault(name, Record())
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "Comparison":
+        """Reads what `asdict` made."""
+        records = {
+            name: Record(
+                sessions=[[Turn(**turn) for turn in session] for session in record["sessions"]],
+                cold=[Start(**start) for start in record["cold"]],
+                warm=[Start(**start) for start in record["warm"]],
+                host=record["host"],
+                idle=record["idle"],
+            )
+            for name, record in raw["records"].items()
+        }
+        return Comparison(raw["shape"], raw["environment"], raw["flops"], records, raw["matmul"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for `from_json`, with the rows of the table for readers."""
+        return asdict(self) | {"rows": self.rows(), "loss_differences": self.loss_differences()}
+
+    @property
+    def baseline(self) -> str:
+        """The contender to which the others are compared: `fit()` where it took part."""
+        return next(name for name in ("ours_fit", "ours_step", *self.records) if self._step_seconds(name))
+
+    def _step_seconds(self, name: str) -> list[float]:
+        sessions = self.records[name].sessions if name in self.records else []
+        return [turn.seconds / len(turn.steps) for session in sessions for turn in session[2:]]
+
+    def loss_differences(self) -> dict[str, float]:
+        """Largest relative difference of a loss from the baseline's at the same step, in any session."""
+        if not any(map(self._step_seconds, self.records)):
+            return {}
+        ours = self.records[self.baseline].sessions
+        return {
+            name: max(
+                max(abs(a - b) / abs(b) for a, b in zip(_losses(session), _losses(other), strict=False))
+                for session in record.sessions
+                for other in ours[:1]
+            )
+            for name, record in self.records.items()
+            if record.sessions and name != self.baseline
+        }
+
+    def disagreements(self) -> list[str]:
+        """The contenders whose losses are not the baseline's, in words."""
+        words: list[str] = []
+        for name, difference in self.loss_differences().items():
+            platform = self.records[name].sessions[0][0].about["platform"]
+            limit = LOSS_TOLERANCE.get(name, LOSS_TOLERANCE_F32 if platform == "cpu" else LOSS_TOLERANCE_BF16)
+            if not difference <= limit:
+                words.append(f"{name}: losses differ from those of {self.baseline} by {difference:.1e} > {limit:.0e}")
+        return words
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table: for each contender a cell in each column."""
+        return [self._row(name) for name in self.records]
+
+    def _row(self, name: str) -> dict[str, str]:
+        record, tokens = self.records[name], SHAPES[self.shape].tokens
+        row = {"contender": name}
+        seconds = self._step_seconds(name)
+        if seconds:
+            rates = [tokens / value for value in seconds]
+            rate = statistics.median(rates)
+            ours = self._step_seconds(self.baseline)
+            # Neighbours in time are compared, so that a slow drift of the machine cancels out.
+            ratios = [its / own for its, own in zip(seconds, ours, strict=False)]
+            about = record.sessions[-1][0].about
+            peak = self._peak(about)
+            row["step [s]"] = spread(seconds, ".3f")
+            row["tokens/s"] = spread(rates, ",.0f")
+            row[f"{self.baseline} is faster by"] = spread(ratios, ".3f")
+            if peak is not None:
+                for count in ("full", "causal"):
+                    row[f"MFU {count}"] = f"{rate * self.flops[count] / peak:.1%}"
+            row["peak RSS [GiB]"] = f"{max(s[-1].peak_rss for s in record.sessions) / 2**30:.2f}"
+            device = [s[-1].peak_device for s in record.sessions]
+            if device[-1] is not None:
+                row["peak device [GiB]"] = f"{device[-1] / 2**30:.2f}"
+            losses = _losses(max(record.sessions, key=lambda session: len(_losses(session))))
+            row["loss after"] = f"{losses[-1]:.5f} ({len(losses) - 1} steps)"
+            if about["platform"] != "cpu":
+                calls = [call for session in record.sessions for turn in session[2:] for call in turn.calls]
+                row["host [ms]"] = spread([1e3 * call for call in calls], ".2f")
+        if record.host:
+            row["host [ms]"] = spread([1e3 * value for value in record.host], ".2f")
+        for label, starts in (("cold", record.cold), ("warm", record.warm)):
+            if starts:
+                row[f"compile {label} [s]"] = f"{statistics.median(s.compile for s in starts):.1f}"
+                row[f"first step {label} [s]"] = f"{statistics.median(s.first_step_after for s in starts):.1f}"
+        return row
+
+    def _peak(self, about: Mapping[str, str]) -> float | None:
+        if about["platform"] == "cpu":
+            return max(self.matmul) if self.matmul else None
+        known = (flops for name, flops in PEAK_BF16_FLOPS.items() if about["device"].startswith(name))
+        return next(known, None)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and between which values the others lie."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _losses(session: Sequence[Turn]) -> list[float]:
+    return [value for turn in session for value in turn.values]
