@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpu-devices", type=int, default=1, help="of ours; the others have one")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--append", action="store_true", help="add to what is in the file, and print all of it")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/compare"), help="of weights, batches and logs")
     parser.add_argument("--cache-dir", type=Path, default=Path("runs/corpora"), help="of the embedded corpus")
     arguments = parser.parse_args(argv)
     names = _choose(parser, arguments.contenders, arguments.torch_python, arguments.data)
@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = arguments.work_dir.resolve() / arguments.shape
     bench = _Bench(comparison, names, arguments.torch_python)
     job = Job(
-        folder=str(folder),
+        folder=f"{folder}-start",
         shape=arguments.shape,
-        num_batches=max(2 + arguments.rounds * arguments.steps, 4),
+        num_batches=max(2 + arguments.rounds * arguments.steps, 32),
         data=arguments.data,
         corpora=str(arguments.cache_dir.resolve()),
         cpu_devices=arguments.cpu_devices,
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench.measure_starts(job)
     if "rounds" in phases:
         bench.measure_rounds(
-            replace(job, levanter_weights="levanter_train" in names), arguments.rounds, arguments.steps
+            replace(job, folder=str(folder), levanter_weights="levanter_train" in names),
+            arguments.rounds,
+            arguments.steps,
         )
     if "host" in phases:
         batches = 2 + HOST_WARMUP + HOST_STEPS * HOST_TURNS
@@ -132,10 +134,15 @@ class _Bench:
         )
 
     def _prepare(self, job: Job) -> None:
-        _say(f"{job.shape}: making weights and batches")
-        Path(job.folder).mkdir(parents=True, exist_ok=True)
-        # On the CPU, so that it takes nothing of a GPU.
-        run_module("inputs", [str(job.write())], environment={"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"})
+        folder = Path(job.folder)
+        path, done = folder / "job.json", folder / "flops.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and done.is_file() and Job.read(str(path)) == job):
+            _say(f"{job.shape}: making weights and batches")
+            done.unlink(missing_ok=True)
+            job.write()
+            # On the CPU, so that it takes nothing of a GPU.
+            run_module("inputs", [str(path)], environment={"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"})
         if job.shape == self._comparison.shape:
             self._comparison.flops = json.loads((Path(job.folder) / "flops.json").read_text())
 

@@ -58,9 +58,10 @@ def main() -> None:
     np.savez(folder / "weights.npz", **named)  # pyright: ignore[reportArgumentType]  # its other keyword is a bool
     np.save(folder / "batches.npy", corpus_batches(job) if job.data == "corpus" else random_batches(job))
     flops = asdict(flops_per_token(config, job.sizes.seq_len))
-    (folder / "flops.json").write_text(json.dumps(flops | {"parameters": parameter_counts(config)["total"]}))
     if job.levanter_weights:
         write_levanter_weights(job, params)
+    # Last, for it says that the others are there.
+    (folder / "flops.json").write_text(json.dumps(flops | {"parameters": parameter_counts(config)["total"]}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.benchmarks.peers import ours
 
-SIZES = (2048, 4096)
+SIZES = (2048, 3072)
 
 
 def best_flops(size: int) -> float:

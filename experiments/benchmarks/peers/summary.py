@@ -1,5 +1,6 @@
 """From what the workers said to one row for each contender."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -93,13 +94,9 @@ class Comparison:
         """Largest relative difference of a loss from the baseline's at the same step, in any session."""
         if not any(map(self._step_seconds, self.records)):
             return {}
-        ours = self.records[self.baseline].sessions
+        ours = max(map(_losses, self.records[self.baseline].sessions), key=len)
         return {
-            name: max(
-                max(abs(a - b) / abs(b) for a, b in zip(_losses(session), _losses(other), strict=False))
-                for session in record.sessions
-                for other in ours[:1]
-            )
+            name: max(_difference(_losses(session), ours) for session in record.sessions)
             for name, record in self.records.items()
             if record.sessions and name != self.baseline
         }
@@ -110,7 +107,7 @@ class Comparison:
         for name, difference in self.loss_differences().items():
             platform = self.records[name].sessions[0][0].about["platform"]
             limit = LOSS_TOLERANCE.get(name, LOSS_TOLERANCE_F32 if platform == "cpu" else LOSS_TOLERANCE_BF16)
-            if not difference <= limit:
+            if difference > limit:
                 words.append(f"{name}: losses differ from those of {self.baseline} by {difference:.1e} > {limit:.0e}")
         return words
 
@@ -169,3 +166,8 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def _losses(session: Sequence[Turn]) -> list[float]:
     return [value for turn in session for value in turn.values]
+
+
+def _difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    relative = [abs(a - b) / abs(b) for a, b in zip(losses, others, strict=False)]
+    return math.inf if any(map(math.isnan, relative)) else max(relative)
