@@ -10,7 +10,7 @@ from experiments.benchmarks import compare, kernels
 from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Turn
 from experiments.benchmarks.peers.shapes import SHAPES, Job
-from experiments.benchmarks.peers.summary import Comparison, Record, Start
+from experiments.benchmarks.peers.summary import Comparison, Start
 from experiments.benchmarks.peers.worker import CONTENDERS
 from tests.fixtures_run import without_runtime_types
 
@@ -38,7 +38,7 @@ def turn(*values: float, seconds: float, platform: str = "cpu") -> Turn:
     )
 
 
-def session(*seconds: float, shift: float = 0.0, platform: str = "cpu") -> list[Turn]:
+def turns(*seconds: float, shift: float = 0.0, platform: str = "cpu") -> list[Turn]:
     first = [turn(9.0, seconds=50.0, platform=platform), turn(8.0, seconds=3.0, platform=platform)]
     return first + [turn(7.0 + shift, 6.0, seconds=value, platform=platform) for value in seconds]
 
@@ -77,7 +77,8 @@ def test_what_torchs_interpreter_runs_needs_torch_and_numpy_only() -> None:
 
 
 def test_the_bare_step_needs_nothing_of_levanter() -> None:
-    code = "import sys, experiments.benchmarks.peers.ours_step; print(*{m.split('.')[0] for m in sys.modules})"
+    names = ", ".join(f"experiments.benchmarks.peers.{name}" for name in ("ours_step", "inputs", "matmul"))
+    code = f"import sys, {names}; print(*{{m.split('.')[0] for m in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"levanter", "haliax", "fray", "draccus", "datasets", "pyarrow"}.intersection(done.stdout.split())
 
@@ -94,6 +95,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         data="random",
         corpora="corpora",
         cpu_devices=1,
+        model={"remat": "full"},
         levanter_weights=False,
     )
     assert Job.read(str(job.write())) == job
@@ -102,23 +104,24 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_ratios_are_those_of_neighbours_in_time() -> None:
     comparison = Comparison("toy", {}, {"full": 1e9, "causal": 5e8}, matmul=[1e11, 2e11])
-    comparison.record("ours_fit").sessions.append(session(1.0, 2.0, 4.0))
-    comparison.record("torch_eager").sessions.append(session(1.5, 3.0, 6.0, shift=1e-3))
+    comparison.sessions.append({"levanter_train": turns(8.0), "ours_fit": turns(4.0)})
+    comparison.sessions.append({"ours_fit": turns(1.0, 2.0), "torch_eager": turns(1.5, 3.0, shift=1e-3)})
     comparison.record("torch_eager").cold.append(Start(first_step_after=20.0, compile=5.0))
-    ours, torch = comparison.rows()
+    levanter, ours, torch = comparison.rows()
     assert comparison.baseline == "ours_fit"
     assert ours["step [s]"] == "1.000 (0.500 to 2.000)"
     assert ours["tokens/s"] == "256 (128 to 512)"
+    assert levanter["ours_fit is faster by"] == "2.000"
     assert torch["ours_fit is faster by"] == "1.500 (1.500 to 1.500)"
     assert (ours["MFU full"], ours["MFU causal"]) == ("128.0%", "64.0%")
-    assert torch["loss after"] == "6.00000 (7 steps)"
+    assert torch["loss after"] == "6.00000 (5 steps)"
     assert (torch["compile cold [s]"], torch["first step cold [s]"]) == ("5.0", "20.0")
     assert "compile cold [s]" not in ours and "torch_eager" in compare.markdown(comparison)
 
 
 def test_a_device_whose_peak_is_known_is_measured_by_it() -> None:
     comparison = Comparison("toy", {}, {"full": 1e12, "causal": 5e11})
-    comparison.record("ours_step").sessions.append(session(1.0, platform="gpu"))
+    comparison.sessions.append({"ours_step": turns(1.0, platform="gpu")})
     (row,) = comparison.rows()
     assert row["MFU full"] == f"{512 * 1e12 / 989.5e12:.1%}" and row["host [ms]"].startswith("1.00 ")
 
@@ -135,11 +138,8 @@ def test_a_device_whose_peak_is_known_is_measured_by_it() -> None:
     ],
 )
 def test_other_losses_are_an_error(name: str, platform: str, shift: float, agrees: bool) -> None:
-    records = {
-        "ours_fit": Record([session(1.0, platform=platform)]),
-        name: Record([session(1.0, platform=platform, shift=shift)]),
-    }
-    disagreements = Comparison("toy", {}, records=records).disagreements()
+    session = {"ours_fit": turns(1.0, platform=platform), name: turns(1.0, platform=platform, shift=shift)}
+    disagreements = Comparison("toy", {}, sessions=[session]).disagreements()
     assert (disagreements == []) == agrees
     assert all(words.startswith(f"{name}: losses differ from those of ours_fit") for words in disagreements)
 
@@ -171,9 +171,9 @@ def test_the_bare_step_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     compare.main([word for pair in asked.items() for word in pair])
     assert "| ours_step |" in capsys.readouterr().out
     comparison = Comparison.from_json(json.loads(file.read_text()))
-    (turns,) = comparison.records["ours_step"].sessions
-    assert [len(turn.values) for turn in turns] == [1, 1, 2, 2]
-    assert abs(turns[0].values[0] - 6.24) < 0.2  # log(512): nothing is learnt yet
+    (session,) = comparison.sessions
+    assert [len(turn.values) for turn in session["ours_step"]] == [1, 1, 2, 2]
+    assert abs(session["ours_step"][0].values[0] - 6.24) < 0.2  # log(512): nothing is learnt yet
     assert len(comparison.matmul) == 2 and min(comparison.matmul) > 0
     assert comparison.flops["full"] > comparison.flops["causal"] > 0
     assert {"date", "processor", "jax"} <= comparison.environment.keys()

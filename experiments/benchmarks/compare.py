@@ -13,7 +13,7 @@ the same optimizer, and their losses must agree, or the comparison fails. What i
 
 `ours_fit` and `levanter_train` are whole training loops on real data, `ours_step` is a bare compiled step, and
 `torch_eager` and `torch_compile` are bare steps as well. torch is no dependency: name an interpreter that has it with
-`--torch-python`. On a GPU, `--data random --contenders ours_step,torch_compile` needs none of levanter's data stack.
+`--torch-python`. On a GPU, `--contenders ours_step,torch_compile` needs nothing of levanter.
 
 MFU on a CPU is the share of what products of f32 matrices reached in the same run, and on a GPU the share of the
 maker's dense bf16 figure; `full` counts attention over the whole square and `causal` half of it.
@@ -27,13 +27,14 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from experiments.benchmarks.peers.shapes import SHAPES, Job
-from experiments.benchmarks.peers.summary import Comparison, Start
+from experiments.benchmarks.peers.summary import Comparison, Session, Start
 from experiments.benchmarks.peers.worker import (
     CONTENDERS,
     MATMUL,
@@ -56,15 +57,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--phases", default=",".join(PHASES), help="what to measure (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
-    parser.add_argument("--data", choices=("corpus", "random"), default="corpus")
+    parser.add_argument("--data", choices=("corpus", "random"), help="(default: random for the shapes of a GPU)")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with torch (default: this one)")
     parser.add_argument("--cpu-devices", type=int, default=1, help="of ours; the others have one")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="FIELD=VALUE", help="of our model's config: remat=full"
+    )
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="start a contender anew for each of its turns, where not all fit in memory together",
+    )
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--append", action="store_true", help="add to what is in the file, and print all of it")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/compare"), help="of weights, batches and logs")
     parser.add_argument("--cache-dir", type=Path, default=Path("runs/corpora"), help="of the embedded corpus")
     arguments = parser.parse_args(argv)
-    names = _choose(parser, arguments.contenders, arguments.torch_python, arguments.data)
+    data = arguments.data or ("random" if arguments.shape.startswith("G-") else "corpus")
+    names = _choose(parser, arguments.contenders, arguments.torch_python, data)
     phases = arguments.phases.split(",")
     if unknown := [phase for phase in phases if phase not in PHASES]:
         parser.error(f"unknown phases {unknown}: choose of {', '.join(PHASES)}")
@@ -75,14 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if comparison.shape != arguments.shape:
             parser.error(f"{arguments.json} is of shape {comparison.shape}")
     folder = arguments.work_dir.resolve() / arguments.shape
-    bench = _Bench(comparison, names, arguments.torch_python)
+    bench = _Bench(comparison, names, arguments.torch_python, one_at_a_time=arguments.one_at_a_time)
     job = Job(
         folder=f"{folder}-start",
         shape=arguments.shape,
         num_batches=max(2 + arguments.rounds * arguments.steps, 32),
-        data=arguments.data,
+        data=data,
         corpora=str(arguments.cache_dir.resolve()),
         cpu_devices=arguments.cpu_devices,
+        model=dict(map(_model_field, arguments.model)),
         levanter_weights=False,
     )
     if "start" in phases:
@@ -120,8 +131,9 @@ def _choose(parser: argparse.ArgumentParser, asked: str | None, torch_python: st
 
 
 class _Bench:
-    def __init__(self, comparison: Comparison, names: Sequence[str], torch_python: str):
+    def __init__(self, comparison: Comparison, names: Sequence[str], torch_python: str, *, one_at_a_time: bool):
         self._comparison, self._names, self._torch_python = comparison, names, torch_python
+        self._one_at_a_time = one_at_a_time
 
     def _start(self, name: str, job: Job) -> Worker:
         _say(f"{job.shape}: starting {name}")
@@ -130,7 +142,7 @@ class _Bench:
             CONTENDERS.get(name, MATMUL),
             job,
             torch_python=self._torch_python,
-            memory_fraction=0.9 / len(self._names),
+            memory_fraction=0.9 / (1 if self._one_at_a_time else len(self._names)),
         )
 
     def _prepare(self, job: Job) -> None:
@@ -153,12 +165,9 @@ class _Bench:
             record = self._comparison.record(name)
             clear_compilation_cache(job, name)
             for starts in (record.cold, record.warm):
-                worker = self._start(name, job)
-                try:
+                with closing(self._start(name, job)) as worker:
                     first = worker.read()
                     later = worker.run(2)
-                finally:
-                    worker.close()
                 after = first.finished_at - worker.started_at
                 starts.append(Start(after, first.calls[0] - min(later.steps)))
                 _say(f"{name}: first step after {after:.1f} s")
@@ -166,25 +175,28 @@ class _Bench:
     def measure_rounds(self, job: Job, rounds: int, steps: int) -> None:
         """All contenders in turns."""
         self._prepare(job)
+        if self._one_at_a_time:
+            self._measure_rounds_one_at_a_time(job, rounds, steps)
+            return
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
-            sessions = {name: self._comparison.record(name).sessions for name in self._names}
+            session: Session = {}
             for name in self._names:
                 workers[name] = self._start(name, job)
                 stack.callback(workers[name].close)
-                sessions[name].append([workers[name].read()])
+                session[name] = [workers[name].read()]
             matmul = None
-            if sessions[self._names[0]][-1][0].about["platform"] == "cpu":
+            if session[self._names[0]][0].about["platform"] == "cpu":
                 matmul = self._start("matmul", job)
                 stack.callback(matmul.close)
                 matmul.read()
             for name, worker in workers.items():
-                sessions[name][-1].append(worker.run(1))
+                session[name].append(worker.run(1))
             for number in range(rounds):
                 for name, worker in workers.items():
                     before = {other: process.cpu_seconds() for other, process in workers.items()}
                     turn = worker.run(steps)
-                    sessions[name][-1].append(turn)
+                    session[name].append(turn)
                     _say(f"round {number}: {name} {turn.seconds / steps:.3f} s a step")
                     for other, process in workers.items():
                         if other != name:
@@ -192,22 +204,40 @@ class _Bench:
                             self._comparison.record(other).idle.append(idle)
                 if matmul is not None:
                     self._comparison.matmul += matmul.run(1).values
+        self._comparison.sessions.append(session)
         for name in self._names:
             if (idle := statistics.mean(self._comparison.record(name).idle or [0])) > 0.02:
                 _say(f"warning: {name} used {idle:.2f} processors while it waited")
+
+    def _measure_rounds_one_at_a_time(self, job: Job, rounds: int, steps: int) -> None:
+        for number in range(rounds):
+            session: Session = {}
+            for name in self._names:
+                with closing(self._start(name, job)) as worker:
+                    session[name] = [worker.read(), worker.run(1), worker.run(steps)]
+                _say(f"round {number}: {name} {session[name][-1].seconds / steps:.3f} s a step")
+            self._comparison.sessions.append(session)
+            if session[self._names[0]][0].about["platform"] == "cpu":
+                with closing(self._start("matmul", job)) as worker:
+                    self._comparison.matmul += worker.read().values
 
     def measure_host(self, job: Job) -> None:
         """Each contender alone, on the model that computes next to nothing."""
         self._prepare(job)
         for name in self._names:
-            worker = self._start(name, job)
-            try:
+            with closing(self._start(name, job)) as worker:
                 worker.read()
                 worker.run(HOST_WARMUP)
                 turns = [worker.run(HOST_STEPS) for _ in range(HOST_TURNS)]
-            finally:
-                worker.close()
             self._comparison.record(name).host += [turn.seconds / len(turn.steps) for turn in turns]
+
+
+def _model_field(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def environment() -> dict[str, str]:
@@ -234,7 +264,7 @@ def markdown(comparison: Comparison) -> str:
     ]
     if comparison.matmul:
         parts.append(f"f32 matmul peak {max(comparison.matmul) / 1e9:.0f} GFLOP/s")
-    about = {name: record.sessions[-1][0].about for name, record in comparison.records.items() if record.sessions}
+    about = {name: turns[0].about for session in comparison.sessions for name, turns in session.items()}
     parts += [f"{name}: {', '.join(f'{k} {v}' for k, v in facts.items())}" for name, facts in about.items()]
     differences = comparison.loss_differences()
     if differences:

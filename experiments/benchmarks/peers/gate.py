@@ -35,6 +35,11 @@ class Turn:
     about: dict[str, str] = field(default_factory=dict[str, str])
     """Platform, device, versions."""
 
+    @property
+    def step(self) -> float:
+        """Seconds a step."""
+        return self.seconds / len(self.steps)
+
 
 class Gate:
     """Lets a training loop pass step by step, and holds it when the steps that were asked for are done."""

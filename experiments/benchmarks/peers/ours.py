@@ -1,5 +1,7 @@
 """Our model and optimizer at a shape of the comparison. Imports nothing of levanter."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
@@ -32,8 +34,8 @@ class Batch(eqx.Module):
     attn_mask: CausalMask = CausalMask()
 
 
-def model_config(shape: Shape) -> GrugModelConfig:
-    """Our model; kernels are left to its defaults."""
+def model_config(shape: Shape, **fields: Any) -> GrugModelConfig:
+    """Our model; what `fields` do not name, such as the kernels, is left to its defaults."""
     return GrugModelConfig(
         vocab_size=shape.vocab_size,
         hidden_dim=shape.hidden_dim,
@@ -44,6 +46,7 @@ def model_config(shape: Shape) -> GrugModelConfig:
         max_seq_len=shape.seq_len,
         layer_norm_eps=shapes.NORM_EPS,
         rope=GrugRopeConfig(theta=shapes.ROPE_THETA),
+        **fields,
     )
 
 

@@ -31,7 +31,7 @@ def run_config(job: Job) -> GrugNativeRunConfig:
         # A flat cache is of one split: there is nothing to evaluate on.
         components[name] = replace(component, cache_dir=f"{data.cache_dir}/{name}/train", flat_cache=True)
     return GrugNativeRunConfig(
-        model=ours.model_config(shape),
+        model=ours.model_config(shape, **job.model),
         data=replace(data, components=components, block_cross_document_attention=False),
         optimizer=ours.optimizer_config(),
         trainer=GrugTrainerConfig(

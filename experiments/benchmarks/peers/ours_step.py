@@ -30,7 +30,7 @@ def main() -> None:
     weight = np.ones((shape.batch_size, shape.seq_len), np.float32)
     weight[:, -1] = 0
     with jax.set_mesh(mesh):
-        state = init_train_state(ours.model_config(shape), optimizer, key=jax.random.key(shapes.SEED))
+        state = init_train_state(ours.model_config(shape, **job.model), optimizer, key=jax.random.key(shapes.SEED))
         batches = [
             jax.device_put(ours.Batch(jnp.asarray(tokens), jnp.asarray(weight)), batch_sharding(mesh))
             for tokens in np.load(f"{job.folder}/batches.npy")

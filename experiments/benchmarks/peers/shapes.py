@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,8 @@ class Job:
     """Folder of the corpora."""
     cpu_devices: int
     """Our CPU devices; the other contenders have one."""
+    model: dict[str, Any]
+    """Fields of our model's config that differ from its defaults: kernels, recomputation."""
     levanter_weights: bool
     """Whether levanter starts from our weights, and not from its own."""
 

@@ -30,12 +30,16 @@ class Start:
     """Seconds of the first step beyond a later one."""
 
 
+type Session = dict[str, list[Turn]]
+"""Processes that took turns with each other: their turns, by contender. The first two of each are for warming up."""
+
+WARMUP_TURNS = 2
+
+
 @dataclass
 class Record:
-    """All that was measured of a contender."""
+    """What was measured of a contender alone."""
 
-    sessions: list[list[Turn]] = field(default_factory=list[list[Turn]])
-    """The turns of each of its processes that took part in rounds; the first is its first step."""
     cold: list[Start] = field(default_factory=list[Start])
     """Starts with nothing compiled before."""
     warm: list[Start] = field(default_factory=list[Start])
@@ -55,6 +59,8 @@ class Comparison:
     flops: dict[str, float] = field(default_factory=dict[str, float])
     """Operations of a token, `full` and `causal`, and the number of `parameters`."""
     records: dict[str, Record] = field(default_factory=dict[str, Record])
+    sessions: list[Session] = field(default_factory=list[Session])
+    """What the contenders did in turns."""
     matmul: list[float] = field(default_factory=list[float])
     """Operations per second that products of f32 matrices reached, by round."""
 
@@ -67,7 +73,6 @@ class Comparison:
         """Reads what `asdict` made."""
         records = {
             name: Record(
-                sessions=[[Turn(**turn) for turn in session] for session in record["sessions"]],
                 cold=[Start(**start) for start in record["cold"]],
                 warm=[Start(**start) for start in record["warm"]],
                 host=record["host"],
@@ -75,7 +80,10 @@ class Comparison:
             )
             for name, record in raw["records"].items()
         }
-        return Comparison(raw["shape"], raw["environment"], raw["flops"], records, raw["matmul"])
+        sessions = [
+            {name: [Turn(**turn) for turn in turns] for name, turns in session.items()} for session in raw["sessions"]
+        ]
+        return Comparison(raw["shape"], raw["environment"], raw["flops"], records, sessions, raw["matmul"])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `from_json`, with the rows of the table for readers."""
@@ -84,28 +92,27 @@ class Comparison:
     @property
     def baseline(self) -> str:
         """The contender to which the others are compared: `fit()` where it took part."""
-        return next(name for name in ("ours_fit", "ours_step", *self.records) if self._step_seconds(name))
+        names = ("ours_fit", "ours_step", *(name for session in self.sessions for name in session))
+        return next(name for name in names if self._turns(name))
 
-    def _step_seconds(self, name: str) -> list[float]:
-        sessions = self.records[name].sessions if name in self.records else []
-        return [turn.seconds / len(turn.steps) for session in sessions for turn in session[2:]]
+    def _turns(self, name: str) -> list[Turn]:
+        return [turn for session in self.sessions for turn in _timed(session, name)]
 
     def loss_differences(self) -> dict[str, float]:
-        """Largest relative difference of a loss from the baseline's at the same step, in any session."""
-        if not any(map(self._step_seconds, self.records)):
-            return {}
-        ours = max(map(_losses, self.records[self.baseline].sessions), key=len)
-        return {
-            name: max(_difference(_losses(session), ours) for session in record.sessions)
-            for name, record in self.records.items()
-            if record.sessions and name != self.baseline
-        }
+        """Largest relative difference of a loss from the baseline's at the same step of the same session."""
+        differences: dict[str, float] = {}
+        for session in self.sessions:
+            if ours := session.get(self.baseline):
+                for name in session.keys() - {self.baseline}:
+                    found = _difference(_losses(session[name]), _losses(ours))
+                    differences[name] = max(found, differences.get(name, 0.0))
+        return dict(sorted(differences.items()))
 
     def disagreements(self) -> list[str]:
         """The contenders whose losses are not the baseline's, in words."""
         words: list[str] = []
         for name, difference in self.loss_differences().items():
-            platform = self.records[name].sessions[0][0].about["platform"]
+            platform = self._turns(name)[0].about["platform"]
             limit = LOSS_TOLERANCE.get(name, LOSS_TOLERANCE_F32 if platform == "cpu" else LOSS_TOLERANCE_BF16)
             if difference > limit:
                 words.append(f"{name}: losses differ from those of {self.baseline} by {difference:.1e} > {limit:.0e}")
@@ -113,35 +120,35 @@ class Comparison:
 
     def rows(self) -> list[dict[str, str]]:
         """The table: for each contender a cell in each column."""
-        return [self._row(name) for name in self.records]
+        names = dict.fromkeys((*(name for session in self.sessions for name in session), *self.records))
+        return [self._row(name) for name in names]
 
     def _row(self, name: str) -> dict[str, str]:
-        record, tokens = self.records[name], SHAPES[self.shape].tokens
+        record, tokens, turns = self.records.get(name, Record()), SHAPES[self.shape].tokens, self._turns(name)
         row = {"contender": name}
-        seconds = self._step_seconds(name)
-        if seconds:
-            rates = [tokens / value for value in seconds]
-            rate = statistics.median(rates)
-            ours = self._step_seconds(self.baseline)
+        if turns:
+            rates = [tokens / turn.step for turn in turns]
             # Neighbours in time are compared, so that a slow drift of the machine cancels out.
-            ratios = [its / own for its, own in zip(seconds, ours, strict=False)]
-            about = record.sessions[-1][0].about
-            peak = self._peak(about)
-            row["step [s]"] = spread(seconds, ".3f")
+            ratios = [
+                its.step / own.step
+                for session in self.sessions
+                for its, own in zip(_timed(session, name), _timed(session, self.baseline), strict=False)
+            ]
+            row["step [s]"] = spread([turn.step for turn in turns], ".3f")
             row["tokens/s"] = spread(rates, ",.0f")
             row[f"{self.baseline} is faster by"] = spread(ratios, ".3f")
+            about, last = turns[-1].about, turns[-1]
+            peak = self._peak(about)
             if peak is not None:
                 for count in ("full", "causal"):
-                    row[f"MFU {count}"] = f"{rate * self.flops[count] / peak:.1%}"
-            row["peak RSS [GiB]"] = f"{max(s[-1].peak_rss for s in record.sessions) / 2**30:.2f}"
-            device = [s[-1].peak_device for s in record.sessions]
-            if device[-1] is not None:
-                row["peak device [GiB]"] = f"{device[-1] / 2**30:.2f}"
-            losses = _losses(max(record.sessions, key=lambda session: len(_losses(session))))
+                    row[f"MFU {count}"] = f"{statistics.median(rates) * self.flops[count] / peak:.1%}"
+            row["peak RSS [GiB]"] = f"{last.peak_rss / 2**30:.2f}"
+            if last.peak_device is not None:
+                row["peak device [GiB]"] = f"{last.peak_device / 2**30:.2f}"
+            losses = max((_losses(session.get(name, ())) for session in self.sessions), key=len)
             row["loss after"] = f"{losses[-1]:.5f} ({len(losses) - 1} steps)"
             if about["platform"] != "cpu":
-                calls = [call for session in record.sessions for turn in session[2:] for call in turn.calls]
-                row["host [ms]"] = spread([1e3 * call for call in calls], ".2f")
+                row["host [ms]"] = spread([1e3 * call for turn in turns for call in turn.calls], ".2f")
         if record.host:
             row["host [ms]"] = spread([1e3 * value for value in record.host], ".2f")
         for label, starts in (("cold", record.cold), ("warm", record.warm)):
@@ -162,6 +169,10 @@ def spread(values: Sequence[float], form: str) -> str:
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _timed(session: Session, name: str) -> Sequence[Turn]:
+    return session.get(name, ())[WARMUP_TURNS:]
 
 
 def _losses(session: Sequence[Turn]) -> list[float]:
