@@ -96,21 +96,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=dict(map(_model_field, arguments.model)),
         levanter_weights=False,
     )
-    if "start" in phases:
-        bench.measure_starts(job)
-    if "rounds" in phases:
-        bench.measure_rounds(
-            replace(job, folder=str(folder), levanter_weights="levanter_train" in names),
-            arguments.rounds,
-            arguments.steps,
-        )
-    if "host" in phases:
-        batches = 2 + HOST_WARMUP + HOST_STEPS * HOST_TURNS
-        bench.measure_host(replace(job, shape="host", folder=f"{folder}-host", num_batches=batches))
+    for phase in phases:
+        if phase == "start":
+            bench.measure_starts(job)
+        elif phase == "rounds":
+            shared = replace(job, folder=str(folder), levanter_weights="levanter_train" in names)
+            bench.measure_rounds(shared, arguments.rounds, arguments.steps)
+        else:
+            batches = 2 + HOST_WARMUP + HOST_STEPS * HOST_TURNS
+            bench.measure_host(replace(job, shape="host", folder=f"{folder}-host", num_batches=batches))
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
     print(markdown(comparison))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
     if wrong := comparison.disagreements():
         raise SystemExit("\n".join(wrong))
 

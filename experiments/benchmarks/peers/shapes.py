@@ -36,7 +36,7 @@ SHAPES = {
     "G-124M": _shape(50_304, 768, 2048, 12, 12, 1024, 16),
     "G-1.3B": _shape(128_256, 2048, 5632, 24, 16, 2048, 8),
     "toy": _shape(512, 64, 128, 2, 2, 64, 4),
-    "host": _shape(512, 8, 16, 1, 1, 8, 1),
+    "host": _shape(512, 8, 16, 1, 1, 8, 2),
 }
 """`toy` is for the tests. `host` computes next to nothing: its step is what a contender does on the host."""
 
