@@ -191,7 +191,10 @@ class _Bench:
             for name, worker in workers.items():
                 session[name].append(worker.run(1))
             for number in range(rounds):
-                for name, worker in workers.items():
+                # Another one begins each round: no one always comes after the same.
+                order = [*self._names[number % len(workers) :], *self._names[: number % len(workers)]]
+                for name in order:
+                    worker = workers[name]
                     before = {other: process.cpu_seconds() for other, process in workers.items()}
                     turn = worker.run(steps)
                     session[name].append(turn)
