@@ -30,6 +30,7 @@ from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
 from grug_native.loss import ComputeDtype, next_token_loss
 from grug_native.mesh import use_cpu_devices
 from grug_native.model import CrossEntropyName, GrugModelConfig, Transformer
+from grug_native.process import prepare_process
 from grug_native.types import AttentionMask
 
 BACKENDS: dict[AttentionName, str] = {"cudnn": "gpu", "gpu_fa4_cute": "gpu", "tpu_splash": "tpu"}
@@ -148,4 +149,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     main()

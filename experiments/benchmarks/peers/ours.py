@@ -1,5 +1,6 @@
 """Our model and optimizer at a shape of the comparison. Imports nothing of levanter."""
 
+import os
 from typing import Any
 
 import equinox as eqx
@@ -79,6 +80,7 @@ def open_gate(cpu_devices: int = 1) -> Gate:
         "device": device.device_kind,
         "devices": str(jax.device_count()),
         "jax": jax.__version__,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
     def peak_device() -> int | None:

@@ -28,8 +28,8 @@ class Contender:
 
 
 CONTENDERS = {
-    "ours_fit": Contender("ours_fit"),
-    "ours_step": Contender("ours_step"),
+    "ours_fit": Contender("program", ("ours_fit",)),
+    "ours_step": Contender("program", ("ours_step",)),
     "levanter_train": Contender("levanter_train"),
     "torch_eager": Contender("torch_llama", ("eager",), torch=True),
     "torch_compile": Contender("torch_llama", ("compile",), torch=True),
