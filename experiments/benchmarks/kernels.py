@@ -47,8 +47,11 @@ class Kernel:
     """Something to time."""
 
     name: str
+    """What the table calls it."""
     call: Callable[[], object]
+    """Runs it once."""
     operations: float
+    """Floating-point operations of a call."""
 
 
 class Head(eqx.Module):

@@ -68,6 +68,7 @@ class GateTrackerConfig(TrackerConfig):
     """Makes the `GateTracker`."""
 
     gate: ClassVar[Gate]
+    """Where the process waits for its turn."""
 
     @override
     def init(self, run_id: str | None) -> Tracker:

@@ -23,8 +23,11 @@ class CausalMask(eqx.Module):
     """levanter's `AttentionMask.causal()`, without levanter."""
 
     is_causal: bool = eqx.field(static=True, default=True)
+    """Whether a position sees none after it."""
     segment_ids: tuple[Array, Array] | None = None
+    """Documents of queries and keys, (B, S) each; None for one a row."""
     sliding_window: int | None = eqx.field(static=True, default=None)
+    """Positions that are seen back; None for all."""
 
 
 class Batch(eqx.Module):
@@ -33,6 +36,7 @@ class Batch(eqx.Module):
     tokens: Int[Array, "B S"]
     loss_weight: Float[Array, "B S"]
     attn_mask: CausalMask = CausalMask()
+    """Who sees whom."""
 
 
 def model_config(shape: Shape, **fields: Any) -> GrugModelConfig:

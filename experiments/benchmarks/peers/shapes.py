@@ -11,12 +11,19 @@ class Shape:
     """Sizes of a Llama with multi-head attention and an untied head, and of its batches."""
 
     vocab_size: int
+    """Rows of the embedding (V)."""
     hidden_dim: int
+    """Features of the residual stream (D)."""
     intermediate_dim: int
+    """Features inside an MLP (F)."""
     num_layers: int
+    """Blocks (L)."""
     num_heads: int
+    """Heads of queries, keys and values (H)."""
     seq_len: int
+    """Tokens of a sequence (S)."""
     batch_size: int
+    """Sequences of a step (B)."""
 
     @property
     def tokens(self) -> int:

@@ -55,10 +55,13 @@ class Comparison:
     """What goes to the JSON file and comes back from it."""
 
     shape: str
+    """Name of the sizes."""
     environment: dict[str, Any]
+    """Machine, versions and variables."""
     flops: dict[str, float] = field(default_factory=dict[str, float])
     """Operations of a token, `full` and `causal`, and the number of `parameters`."""
     records: dict[str, Record] = field(default_factory=dict[str, Record])
+    """What is known of each contender."""
     sessions: list[Session] = field(default_factory=list[Session])
     """What the contenders did in turns."""
     matmul: list[float] = field(default_factory=list[float])

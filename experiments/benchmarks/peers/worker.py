@@ -22,6 +22,7 @@ class Contender:
     """Which module trains, and what is known about it beforehand."""
 
     module: str
+    """Name of the module beside this one."""
     arguments: tuple[str, ...] = ()
     torch: bool = False
     """Whether torch's interpreter runs it."""
