@@ -81,6 +81,16 @@ def test_a_temporary_one_becomes_permanent_when_that_is_due_at_its_step(tmp_path
     assert read_metadata(tmp_path / "checkpoints" / "step-9").kind == "permanent"
 
 
+def test_another_state_of_a_step_that_is_there_is_refused(tmp_path: Path) -> None:
+    with make_checkpointer(tmp_path) as checkpointer:
+        save(checkpointer, 9)
+        save(checkpointer, 9)
+        other = eqx.tree_at(lambda state: state.params.bias, make_state(9), replace_fn=lambda bias: bias + 1)
+        with pytest.raises(CheckpointError, match=r"step-9 holds another state of this step \(params\.bias differ\)"):
+            checkpointer.save_step_checkpoint(other, step=9, data_offset=72)
+        assert eqx.tree_equal(checkpointer.restore(state_shape(), step=9).state, make_state(9))
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     keep_last=st.integers(1, 3),

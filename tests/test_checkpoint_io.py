@@ -2,6 +2,7 @@ import random
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -189,7 +190,30 @@ def test_200_bit_flips_and_none_is_loaded_silently(folder: Path) -> None:
             found += 1
         flip_bit(file, position, bit)
     assert eqx.tree_equal(restore_checkpoint(path, state_shape()).state, expected)
+    print(f"{found} of 200 flips were found, the others changed nothing")
     assert found > 20
+
+
+def test_a_file_that_lacks_its_last_byte_is_found_or_changed_nothing(folder: Path) -> None:
+    path, expected, found = folder / "step-3", make_state(3), 0
+    for file in [file for file in sorted(path.rglob("*")) if file.is_file() and file.stat().st_size > 0]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        try:
+            assert eqx.tree_equal(restore_checkpoint(path, state_shape()).state, expected), str(file)
+        except DamagedCheckpointError:
+            found += 1
+        file.write_bytes(whole)
+    assert found > 3
+
+
+def test_a_shape_that_is_not_the_recorded_one_is_damage(folder: Path) -> None:
+    path = folder / "step-3"
+    metadata = read_metadata(path)
+    embed = replace(metadata.leaves["params.embed"], shape=(1 << 20, 8))
+    assert "float32[16, 8] on disk, and float32[1048576, 8] was saved" in "".join(
+        verify_files(path, replace(metadata, leaves=dict(metadata.leaves) | {"params.embed": embed}))
+    )
 
 
 def test_flips_in_the_arrays_themselves_are_all_found(folder: Path) -> None:

@@ -1,12 +1,19 @@
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+from grug_native.evaluation import Evaluations
 from grug_native.loop import EvaluationError
+from grug_native.parts import RunParts
 from grug_native.runner import GrugRunner
-from grug_native.tracker import read_metrics
+from grug_native.scoring import Request, Scorer
+from grug_native.signals import StopRequestedError, StopSignal
+from grug_native.tracker import RunTracker, read_metrics
 from tests.fixtures_run import MakeRun
 
 
@@ -65,3 +72,26 @@ def test_tasks_that_cannot_run_stop_the_run_before_its_first_step(make_run: Make
     with pytest.raises(ValueError, match="pairs"):
         GrugRunner(config).fit()
     assert not read_metrics(Path(config.output_path) / "metrics.jsonl")
+
+
+def test_an_evaluation_is_left_off_when_the_run_is_told_to_stop(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_run(eval=GrugEvalConfig(steps_per_eval=1, sample_prompts=("grug",)))
+    parts = RunParts(config, GrugRunner(config).optimizer)
+    state, evaluate = parts.init_state(), parts.evaluation
+    assert evaluate is not None
+    evaluations = Evaluations(parts, RunTracker(None, ()))
+    scorer = Scorer(params=state.params, mesh=parts.mesh, row_length=32, batch_size=4)
+    with StopSignal() as stop, caplog.at_level("INFO"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while stop.exit_code is None:
+            time.sleep(0.001)
+        with pytest.raises(StopRequestedError):
+            evaluate(state)
+        with pytest.raises(StopRequestedError):
+            scorer.score([Request([1], [2])])
+        evaluations.run(state, 1)
+    assert evaluations.failed == 0
+    for what in ("the evaluation", "sampling"):
+        assert f"{what} after 1 steps is left to the process that resumes here" in caplog.text

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,14 +115,20 @@ def test_sweeping_removes_this_run_s_leftovers_and_nothing_else(tmp_path: Path) 
 
 
 def test_a_full_or_unwritable_disk_is_found_at_once(tmp_path: Path) -> None:
-    check_disk(tmp_path, 1000)
+    check_disk(tmp_path, 1000, kept=2)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="free some space") as full:
-        check_disk(tmp_path, 10**18)
+        check_disk(tmp_path, 10**18, kept=2)
     assert full.value.errno == errno.ENOSPC
+    # What is kept and is there already needs no room; the next one does.
+    size = int(shutil.disk_usage(tmp_path).free / 2)
+    with pytest.raises(OSError, match=r"and 2\.2 checkpoints need"):
+        check_disk(tmp_path, size, kept=1)
+    make_folder(tmp_path / "step-3")
+    check_disk(tmp_path, size, kept=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write checkpoints"):
-        check_disk(tmp_path / "file", 1000)
+        check_disk(tmp_path / "file", 1000, kept=2)
 
 
 def test_the_second_writer_is_refused_and_told_who_holds_the_lock(tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def test_a_run_that_is_further_than_asked_trains_no_more(make_run: MakeRun) -> N
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_run: MakeRun) -> None:
-    # Across a stage of the mixture, one of the batch size, and two resumes.
+    # Across a stage of the mixture, one of the batch size, edges of an epoch, and two resumes.
     stages = [(0, {"caves": 1.0, "clubs": 0.0}), (4, {"caves": 0.5, "clubs": 0.5})]
     whole = make_run(
-        trainer={"train_batch_size": ((0, 4), (6, 8))}, eval=GrugEvalConfig(steps_per_eval=2), name="whole"
+        trainer={"train_batch_size": ((0, 4), (4, 128))}, eval=GrugEvalConfig(steps_per_eval=2), name="whole"
     )
     whole = replace(whole, data=replace(whole.data, train_weights=stages))
     reference = GrugRunner(whole).fit()

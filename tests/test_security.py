@@ -2,12 +2,13 @@
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import grug_native
-from grug_native.config import GrugNativeRunConfig
+from grug_native.config import GrugNativeRunConfig, config_to_dict
 from tests.fixtures_run import MakeRun
 
 LIBRARY = Path(str(grug_native.__file__)).parent
@@ -90,3 +91,13 @@ def test_the_config_has_no_field_for_a_secret() -> None:
     found = set(names(GrugNativeRunConfig))
     assert len(found) > 50
     assert [n for n in found if any(word in n for word in ("key", "secret", "password", "credential", "auth"))] == []
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(make_run: MakeRun) -> None:
+    config = make_run()
+    data = replace(config.data, tokenizer="https://me:hunter2@example.org/tokenizer")
+    with pytest.raises(ValueError, match=r"data\.tokenizer is a URL with a password") as refusal:
+        config_to_dict(replace(config, data=data))
+    assert "hunter2" not in str(refusal.value)
+    tokenizer = "https://example.org/a:b@c"
+    assert config_to_dict(replace(config, data=replace(data, tokenizer=tokenizer)))["data"]["tokenizer"] == tokenizer

@@ -23,9 +23,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
-        assert not stop.should_stop(1) and stop.exit_code is None
+        assert not stop.should_stop() and stop.exit_code is None
         os.kill(os.getpid(), number)
-        wait_until(lambda: stop.should_stop(2))
+        wait_until(lambda: stop.should_stop())
         assert stop.exit_code == code
     assert signal.getsignal(number) is before
 
@@ -47,7 +47,7 @@ def test_other_signals_are_left_alone() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGUSR1)
             wait_until(lambda: len(seen) == 2)
-            assert not stop.should_stop(1)
+            assert not stop.should_stop()
     finally:
         signal.signal(signal.SIGUSR1, previous)
 
@@ -57,7 +57,7 @@ def test_off_the_main_thread_it_does_nothing() -> None:
 
     def run() -> None:
         with StopSignal() as stop:
-            asked.append(stop.should_stop(1) or signal.getsignal(signal.SIGTERM) is not before)
+            asked.append(stop.should_stop() or signal.getsignal(signal.SIGTERM) is not before)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -96,12 +96,12 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=1, process_id=0)
 with StopSignal() as stop:
-    assert not stop.should_stop(0)
+    assert not stop.should_stop()
     print("ready", flush=True)
     for step in range(1, 2000):
         time.sleep(0.01)
         assert stop.exit_code is None
-        if stop.should_stop(step):
+        if stop.should_stop():
             print(stop.exit_code)
             sys.exit()
 """
@@ -121,7 +121,7 @@ def test_in_a_thread_with_the_main_threads_context_it_passes_on_what_the_main_th
 
     def run() -> None:
         with StopSignal() as stop:
-            wait_until(lambda: stop.should_stop(1))
+            wait_until(lambda: stop.should_stop())
             codes.append(stop.exit_code)
 
     with StopSignal():

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grug_native.checkpoint_io import CheckpointIO, Commit, OrbaxCheckpointIO, Restored, restore_checkpoint
-from grug_native.checkpoint_leaves import state_bytes
+from grug_native.checkpoint_leaves import changed_leaves, state_bytes
 from grug_native.checkpoint_metadata import (
     CheckpointError,
     CheckpointKind,
@@ -32,11 +32,13 @@ from grug_native.run_folder import (
     check_disk,
     committed_steps,
     discard,
+    fsync,
     set_aside,
     step_name,
     sweep_leftovers,
     validate_run_id,
 )
+from grug_native.tracker import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ class CheckpointPolicy:
     """A permanent checkpoint after every so many steps; None for only the one at the end."""
     minutes_per_temporary_checkpoint: float | None = 10.0
     """A temporary checkpoint when the last save is this many minutes ago; None for never."""
-    keep_last: int = 1
-    """The newest so many checkpoints are kept whatever their kind; more survive a disk that rots."""
+    keep_last: int = 2
+    """The newest so many checkpoints are kept whatever their kind: with one more than one, a disk may rot."""
 
     def __post_init__(self) -> None:
         if self.steps_per_checkpoint is not None and self.steps_per_checkpoint < 1:
@@ -129,7 +131,7 @@ class GrugCheckpointer:
         """
         needed = state_bytes(state_shape)
         if jax.process_index() == 0:
-            check_disk(self._folder, needed)
+            check_disk(self._folder, needed, kept=self._policy.keep_last)
 
     def due(self, step: int) -> CheckpointKind | None:
         """Returns the kind of save that the policy asks for after `step` updates, if any.
@@ -148,23 +150,27 @@ class GrugCheckpointer:
             elapsed = bool(multihost_utils.broadcast_one_to_all(np.array(elapsed)))
         return "temporary" if elapsed else None
 
-    def save_step_checkpoint(self, state: object, *, step: int, data_offset: int) -> None:
+    def save_step_checkpoint(self, state: object, *, step: int, data_offset: int, skipped_steps: int = 0) -> None:
         """Starts to save `state` for good; returns once it is copied off the devices and may be donated.
+
+        A checkpoint of this step that is there already is kept, and made permanent.
 
         Args:
             state: The whole train state.
             step: Updates done.
             data_offset: Sequences consumed.
+            skipped_steps: Of the updates, those that were not finite and changed nothing.
 
         Raises:
-            CheckpointError: An earlier save failed in the background, or newer checkpoints are there: `rollback` first.
+            CheckpointError: An earlier save failed in the background; newer checkpoints are there, or another state of
+                this step: `rollback` first.
             ValueError: A leaf of the state cannot be stored.
         """
-        self._save(state, "permanent", step, data_offset)
+        self._save(state, "permanent", step, data_offset, skipped_steps)
 
-    def save_temporary_checkpoint(self, state: object, *, step: int, data_offset: int) -> None:
-        """Starts to save `state` until the next save; otherwise as `save_step_checkpoint`."""
-        self._save(state, "temporary", step, data_offset)
+    def save_temporary_checkpoint(self, state: object, *, step: int, data_offset: int, skipped_steps: int = 0) -> None:
+        """Starts to save `state` until newer ones are there; otherwise as `save_step_checkpoint`."""
+        self._save(state, "temporary", step, data_offset, skipped_steps)
 
     def restore_latest_or_initialize[State](self, init: Callable[[], State], state_shape: State) -> Restored[State]:
         """Loads the newest sound checkpoint of the run, or makes a fresh state if it has never written one.
@@ -255,7 +261,7 @@ class GrugCheckpointer:
     def _accept(self, metadata: CheckpointMetadata) -> None:
         self._lineage = check_identity(metadata, self._identity)
 
-    def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int) -> None:
+    def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int, skipped_steps: int) -> None:
         self.wait()
         self._last_save = self._clock()
         path = self._folder / step_name(step)
@@ -265,20 +271,37 @@ class GrugCheckpointer:
                 f"cannot save step {step}: {self._folder} holds step {newest}; rollback({step}) first"
             )
         if newest == step:
-            self._keep(path, kind)
+            self._keep(path, state, kind)
             return
-        metadata = describe(self._identity, kind, step=step, data_offset=data_offset, lineage=self._lineage)
+        metadata = describe(
+            self._identity,
+            kind,
+            step=step,
+            data_offset=data_offset,
+            skipped_steps=skipped_steps,
+            lineage=self._lineage,
+        )
         commit = self._io.save(path, state, metadata=metadata)
         self._pending = self._worker.submit(self._finish, commit, step)
 
-    def _keep(self, path: Path, kind: CheckpointKind) -> None:
+    def _keep(self, path: Path, state: object, kind: CheckpointKind) -> None:
         metadata = read_metadata(path)
+        if changed := changed_leaves(metadata.leaves, state):
+            raise CheckpointError(
+                f"{path} holds another state of this step ({', '.join(changed)} differ): give another output_path, or"
+                " rollback to an older step first"
+            )
         self._barrier("keep")
         if kind == "permanent" and metadata.kind == "temporary" and jax.process_index() == 0:
             write_metadata(path, replace(metadata, kind="permanent"))
 
     def _finish(self, commit: Commit, step: int) -> None:
-        commit()
+        log = self._folder.parent / METRICS_FILE
+        try:
+            if jax.process_index() == 0 and log.exists():
+                fsync(log)  # A power cut that the checkpoint survives must not cost the log what came before it.
+        finally:
+            commit()
         if jax.process_index() != 0:
             return
         # The commit has verified `step`; so what is deleted here is always older than a sound checkpoint.

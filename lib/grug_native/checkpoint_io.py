@@ -1,7 +1,7 @@
 """Writing one checkpoint with Orbax so that it is either wholly there or not at all, and reading it back, proven.
 
 A save goes: digest on the device; Orbax copies to the host (only that blocks the loop) and writes into a hidden
-folder; the files are read back and compared with the digests; our metadata is added; everything is synced to disk; and
+folder; the files are synced to the disk, read back from there and compared with the digests; our metadata is added; and
 one rename makes it `step-N`. So a folder of that name is complete and has been verified, whenever the process is
 killed.
 """
@@ -18,12 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grug_native.checkpoint_leaves import (
-    Leaf,
     check_leaves,
     finish_digests,
     leaf_records,
-    load_leaves,
+    load_stored,
     named_leaves,
+    prove_leaves,
     start_digests,
     stored_arrays,
     with_leaves,
@@ -40,11 +40,11 @@ from grug_native.faults import fault_point
 from grug_native.integrity import CheckpointReader, item_of, verify_files
 from grug_native.run_folder import (
     committed_steps,
-    fsync_folder,
-    fsync_tree,
+    fsync,
     quarantined,
     saving_name,
     set_aside,
+    settle_tree,
     step_name,
     sweep_leftovers,
 )
@@ -56,6 +56,9 @@ Accept = Callable[[CheckpointMetadata], object]
 
 Commit = Callable[[], None]
 """Finishes a save: waits for the write, verifies it, makes it visible. To be called once, from any thread."""
+
+
+_SHARED = "the run's folder must be on a disk that all processes share"
 
 
 class NonFiniteStateError(CheckpointError):
@@ -153,20 +156,18 @@ class OrbaxCheckpointIO:
         Raises:
             CheckpointMismatchError: The newest sound one is not of this shape, or `accept` refused it.
             NoUsableCheckpointError: All are damaged.
+            CheckpointError: Process 0 can read one, and another process cannot.
         """
-        for step in _steps_of_process_0(base_path):
+        steps = _steps_of_process_0(base_path)
+        for step in steps:
             path = base_path / step_name(step)
-            found, reason = None, "another process could not read it"
             try:
-                found = restore_checkpoint(path, state_shape, accept=accept)
+                return restore_checkpoint(path, state_shape, accept=accept)
             except DamagedCheckpointError as error:
-                reason = str(error)
-            if _all_processes(found is not None):
-                return found
-            if jax.process_index() == 0:
-                aside = set_aside(path, "corrupt")
-                logger.error("CHECKPOINT DAMAGED: %s; moved to %s; trying the next older one", reason, aside)
-        if remains := quarantined(base_path):
+                if jax.process_index() == 0:
+                    aside = set_aside(path, "corrupt")
+                    logger.error("CHECKPOINT DAMAGED: %s; moved to %s; trying the next older one", error, aside)
+        if (remains := quarantined(base_path)) or steps:
             raise NoUsableCheckpointError(
                 f"no usable checkpoint is left in {base_path}, only {', '.join(p.name for p in remains)}: refusing to"
                 " start from scratch. Put a sound copy back as step-N, or give another output_path"
@@ -184,15 +185,31 @@ def restore_checkpoint[State](path: Path, state_shape: State, *, accept: Accept 
 
     Raises:
         CheckpointMismatchError: It is sound, and not of this shape.
-        DamagedCheckpointError: It cannot be read, or is not what was saved.
+        DamagedCheckpointError: It cannot be read, or is not what was saved; of several processes, all raise it.
+        CheckpointError: Process 0 can read it, and another process cannot.
     """
-    metadata = read_metadata(path)
-    if path.name != step_name(metadata.step):
-        raise DamagedCheckpointError(f"{path} holds step {metadata.step}")
-    accept(metadata)
-    wanted = named_leaves(state_shape)
-    check_leaves(metadata.leaves, leaf_records(wanted))
-    return Restored(with_leaves(state_shape, _load(path, metadata, wanted)), metadata)
+    try:
+        metadata = read_metadata(path)
+        if path.name != step_name(metadata.step):
+            raise DamagedCheckpointError(f"{path} holds step {metadata.step}")
+        accept(metadata)
+        wanted = named_leaves(state_shape)
+        check_leaves(metadata.leaves, leaf_records(wanted))
+        loaded = load_stored(CheckpointReader(path), metadata.leaves, wanted)
+    except DamagedCheckpointError as error:
+        if _readers(False)[0]:
+            raise CheckpointError(f"process 0 can read {path}, and this one cannot; {_SHARED}: {error}") from error
+        raise
+    except BaseException:
+        _readers(False)
+        raise
+    # What follows is done by all processes together, so all must have come this far.
+    readers = _readers(True)
+    if not readers[0]:
+        raise DamagedCheckpointError(f"process 0 cannot read {path}")
+    if not all(readers):
+        raise CheckpointError(f"process {readers.index(False)} cannot read {path}, and process 0 can; {_SHARED}")
+    return Restored(with_leaves(state_shape, _prove(path, metadata, loaded)), metadata)
 
 
 def load_params[Params](path: Path, params_shape: Params, *, ema: bool = False) -> Params:
@@ -211,12 +228,13 @@ def load_params[Params](path: Path, params_shape: Params, *, ema: bool = False) 
     metadata = read_metadata(path)
     wanted = named_leaves({field: params_shape})
     check_leaves({n: r for n, r in metadata.leaves.items() if n.startswith(f"{field}.")}, leaf_records(wanted))
-    return with_leaves({field: params_shape}, _load(path, metadata, wanted))[field]
+    loaded = load_stored(CheckpointReader(path), metadata.leaves, wanted)
+    return with_leaves({field: params_shape}, _prove(path, metadata, loaded))[field]
 
 
-def _load(path: Path, metadata: CheckpointMetadata, wanted: Mapping[str, Leaf]) -> dict[str, jax.Array]:
+def _prove(path: Path, metadata: CheckpointMetadata, loaded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     try:
-        return load_leaves(CheckpointReader(path), metadata.leaves, wanted)
+        return prove_leaves(loaded, metadata.leaves)
     except DamagedCheckpointError as error:
         if not verify_files(path, metadata):
             raise CheckpointError(f"{path} is sound on disk, and yet not once on the devices: {error}") from error
@@ -239,14 +257,14 @@ def _clean_up(folder: Path, run_id: str, error: BaseException) -> None:
 
 
 def _publish(hidden: Path, path: Path, metadata: CheckpointMetadata) -> None:
+    settle_tree(hidden)
     problems = verify_files(hidden, metadata)
     if problems:
         raise DamagedCheckpointError("the disk does not give back what was written: " + "; ".join(problems))
     write_metadata(hidden, metadata)
-    fsync_tree(hidden)
     fault_point("pre_commit", metadata.step)
     hidden.rename(path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     fault_point("post_commit", metadata.step)
 
 
@@ -259,5 +277,8 @@ def _steps_of_process_0(folder: Path) -> list[int]:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist()
 
 
-def _all_processes(ok: bool) -> bool:
-    return ok if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+def _readers(ok: bool) -> list[bool]:
+    """Whether each process could read a checkpoint, told to all; the one place where they meet before its arrays."""
+    if jax.process_count() == 1:
+        return [ok]
+    return np.asarray(multihost_utils.process_allgather(np.array(ok))).tolist()

@@ -1,6 +1,7 @@
 """A train state as named arrays and back, and what is known of each: shape, type, digest."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -49,10 +50,10 @@ def named_leaves(tree: object) -> dict[str, Leaf]:
 def with_leaves[T](tree: T, leaves: Mapping[str, jax.Array]) -> T:
     """Returns `tree` with every array replaced by the one of the same name in `leaves`."""
 
-    def replace(path: tuple[Any, ...], leaf: object) -> object:
+    def pick(path: tuple[Any, ...], leaf: object) -> object:
         return leaf if callable(leaf) else leaves[jax.tree_util.keystr(path, simple=True, separator=".")]
 
-    return jax.tree_util.tree_map_with_path(replace, tree)
+    return jax.tree_util.tree_map_with_path(pick, tree)
 
 
 def state_bytes(tree: object) -> int:
@@ -134,10 +135,18 @@ def finish_digests(started: Mapping[str, UInt32[Array, "3"]]) -> tuple[dict[str,
     return {n: digest_text(a, b) for n, (a, b, _) in sums.items()}, [n for n, (_, _, bad) in sums.items() if bad]
 
 
-def load_leaves(
+def changed_leaves(stored: Mapping[str, LeafRecord], tree: object) -> list[str]:
+    """Returns the names of the leaves that are not bit for bit the same in a checkpoint and in a concrete `tree`."""
+    leaves = named_leaves(tree)
+    digests, _ = finish_digests(start_digests(stored_arrays(leaves)))
+    found = {name: replace(record, digest=digests[name]) for name, record in leaf_records(leaves).items()}
+    return [name for name in dict.fromkeys([*stored, *found]) if stored.get(name) != found.get(name)]
+
+
+def load_stored(
     reader: CheckpointReader, stored: Mapping[str, LeafRecord], wanted: Mapping[str, Leaf]
 ) -> dict[str, jax.Array]:
-    """Loads leaves onto the devices the wanted ones ask for, and proves them to be what was saved.
+    """Loads stored arrays onto the devices that the wanted leaves ask for; `prove_leaves` has to follow.
 
     Args:
         reader: Of the checkpoint's files.
@@ -145,22 +154,27 @@ def load_leaves(
         wanted: Abstract leaves; one without a sharding goes to the first device.
 
     Raises:
-        DamagedCheckpointError: An array cannot be read, or its digest is not the recorded one.
+        DamagedCheckpointError: An array cannot be read, or is of another type than the recorded one.
     """
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    loaded: dict[str, jax.Array] = {}
-    for name, leaf in wanted.items():
-        array, record = reader.open(name), stored[name]
-        if (array.shape, array.dtype.name) != (record.shape, record.dtype):
-            raise DamagedCheckpointError(
-                f"{name} is {array.dtype.name}{list(array.shape)} on disk, and {record} was saved"
-            )
-        loaded[name] = jax.make_array_from_callback(array.shape, leaf.sharding or default, array.read)
+    arrays = {name: reader.open(name, stored[name]) for name in wanted}
+    return {
+        name: jax.make_array_from_callback(array.shape, wanted[name].sharding or default, array.read)
+        for name, array in arrays.items()
+    }
+
+
+def prove_leaves(loaded: Mapping[str, jax.Array], stored: Mapping[str, LeafRecord]) -> dict[str, jax.Array]:
+    """Returns the leaves of loaded arrays, proven to be what was saved; several processes do this together.
+
+    Raises:
+        DamagedCheckpointError: A digest is not the recorded one; then it is so on every process.
+    """
     digests, _ = finish_digests(start_digests(loaded))
     for name, digest in digests.items():
         if digest != stored[name].digest:
             raise DamagedCheckpointError(f"{name} has digest {digest}, and {stored[name].digest} was saved")
-    impls = {name: stored[name].key_impl for name in wanted}
+    impls = {name: stored[name].key_impl for name in loaded}
     return {n: jax.random.wrap_key_data(a, impl=impls[n]) if impls[n] else a for n, a in loaded.items()}
 
 

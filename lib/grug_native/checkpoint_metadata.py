@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, override
 
-from grug_native.run_folder import fsync_folder
+from grug_native.run_folder import fsync
 
 METADATA_FILE = "grug_checkpoint.json"
 """The file's name; a step folder without it is no checkpoint."""
@@ -142,6 +142,8 @@ class CheckpointMetadata:
     """The variables of `RECORDED_ENVIRONMENT` that were set."""
     saved_at: str
     """UTC, ISO 8601; for people, never used to order checkpoints."""
+    skipped_steps: int = 0
+    """Of these updates, those that were not finite and changed nothing."""
     lineage: tuple[str, ...] = ()
     """Every configuration change that was allowed on a resume, oldest first."""
     leaves: Mapping[str, LeafRecord] = field(default_factory=dict[str, LeafRecord])
@@ -151,7 +153,13 @@ class CheckpointMetadata:
 
 
 def describe(
-    identity: RunIdentity, kind: CheckpointKind, *, step: int, data_offset: int, lineage: tuple[str, ...] = ()
+    identity: RunIdentity,
+    kind: CheckpointKind,
+    *,
+    step: int,
+    data_offset: int,
+    skipped_steps: int = 0,
+    lineage: tuple[str, ...] = (),
 ) -> CheckpointMetadata:
     """Returns what a checkpoint of the run `identity` says about itself, but for its leaves."""
     return CheckpointMetadata(
@@ -159,6 +167,7 @@ def describe(
         kind=kind,
         step=step,
         data_offset=data_offset,
+        skipped_steps=skipped_steps,
         data_fingerprint=identity.data_fingerprint,
         tokenizer_digest=identity.tokenizer_digest,
         config=identity.config,
@@ -185,9 +194,9 @@ def write_metadata(folder: Path, metadata: CheckpointMetadata) -> None:
     body = asdict(metadata)
     new = folder / f"{METADATA_FILE}.new"
     new.write_text(json.dumps({"sha256": canonical_hash(body), "metadata": body}, indent=1))
-    fsync_folder(new)
+    fsync(new)
     os.replace(new, folder / METADATA_FILE)
-    fsync_folder(folder)
+    fsync(folder)
 
 
 def read_metadata(folder: Path) -> CheckpointMetadata:

@@ -18,6 +18,7 @@ from grug_native.mesh import MeshAxes
 from grug_native.mixture import check_names
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.run_folder import fsync
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -62,11 +63,14 @@ class GrugTrainerConfig:
     steps_per_checkpoint: int | None = None
     """Steps from one permanent checkpoint to the next; None keeps only the one at the end."""
     minutes_per_temporary_checkpoint: float | None = 10.0
-    """Minutes from any checkpoint to the next temporary one, which replaces the last; None makes none."""
+    """Minutes from any checkpoint to the next temporary one; None makes none. Temporary ones go when there are newer
+    ones, permanent ones stay."""
+    keep_last_checkpoints: int = 2
+    """The newest so many checkpoints are kept whatever their kind: should the last be damaged, there is another."""
     nonfinite: NonFinitePolicy = "stop"
     """`stop` ends the run before anything is saved; `skip` leaves the state as it was and goes on."""
     max_skipped_steps: int = 10
-    """With `skip`: so many skipped steps are borne, in one process; one more stops the run."""
+    """With `skip`: so many skipped steps are borne over the whole run, however often it resumes; one more stops it."""
     allow_changes: tuple[str, ...] = ()
     """Dotted fields, or whole sections, that may differ from the checkpoint this once, though they change the results;
     each change is recorded in the checkpoints that follow."""
@@ -76,7 +80,7 @@ class GrugTrainerConfig:
     """levanter's tracker configs (wandb, tensorboard, ...); `metrics.jsonl` is written in any case."""
 
     def __post_init__(self) -> None:
-        for name in ("num_train_steps", "log_every", "prefetch"):
+        for name in ("num_train_steps", "log_every", "prefetch", "keep_last_checkpoints"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
         if self.max_skipped_steps < 0:
@@ -181,6 +185,7 @@ COSMETIC_FIELDS = (
             "prefetch",
             "steps_per_checkpoint",
             "minutes_per_temporary_checkpoint",
+            "keep_last_checkpoints",
             "max_skipped_steps",
             "allow_changes",
             "trackers",
@@ -194,7 +199,11 @@ COSMETIC_FIELDS = (
 
 
 def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
-    """The config as plain JSON data."""
+    """The config as plain JSON data.
+
+    Raises:
+        ValueError: a URL in it holds a password, which would end up on disk and in trackers.
+    """
     sections: dict[str, Any] = {
         "model": asdict(config.model),
         "data": draccus.encode(config.data),
@@ -212,7 +221,9 @@ def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
 
         trackers = config.trainer.trackers
         sections["trainer"]["trackers"] = [draccus.encode(tracker, LevanterTrackerConfig) for tracker in trackers]
-    return json.loads(json.dumps(sections))
+    plain: dict[str, Any] = json.loads(json.dumps(sections))
+    _check_no_passwords(plain, "")
+    return plain
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
@@ -263,6 +274,7 @@ def save_config(config: GrugNativeRunConfig, path: Path) -> None:
     """Writes the config as YAML, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    fsync(partial)
     partial.replace(path)
 
 
@@ -321,6 +333,17 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]])
         except yaml.YAMLError as error:
             raise ValueError(f"--{name} {value!r} is no YAML: {error}") from error
     return changed
+
+
+def _check_no_passwords(value: object, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in cast(Mapping[str, object], value).items():
+            _check_no_passwords(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(cast(list[object], value)):
+            _check_no_passwords(item, f"{name}.{index}")
+    elif isinstance(value, str) and re.search(r"\w://[^/\s@]*:[^/\s@]*@", value):
+        raise ValueError(f"{name} is a URL with a password in it, and a config is written to disk: take it out")
 
 
 def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:

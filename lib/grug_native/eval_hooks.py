@@ -31,6 +31,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.loss import ComputeDtype, per_token_loss
 from grug_native.mesh import BATCH_AXES, constrain
 from grug_native.model import Transformer
+from grug_native.signals import leave_if_told_to_stop
 from grug_native.state import GrugTrainState
 from grug_native.token_cache import verify_caches
 from grug_native.types import LmBatch
@@ -192,6 +193,7 @@ def build_tagged_evaluator(
 
         # One forward pass serves levanter's averages, which take the losses for their "batch", and the exact sums.
         def accumulate(one_pass: _Pass, state: eqx.Module, batch: EvalExample, tags: Array) -> eqx.Module:
+            leave_if_told_to_stop()
             plain = grug_lm_example_from_named(batch) if isinstance(batch, LmExample) else batch
             losses, sums = _position_losses(one_pass.params, plain, tags, on_mesh, compute_dtype)
             one_pass.sums.append(sums)

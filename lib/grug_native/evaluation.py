@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from grug_native.faults import fault_point
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
 from grug_native.run_folder import local_path
+from grug_native.signals import StopRequestedError, leave_if_told_to_stop
 from grug_native.state import GrugTrainState
 from grug_native.tracker import RunTracker
 
@@ -107,11 +109,12 @@ class Evaluations:
 
         started = time.perf_counter()
         config = self._parts.config
-        for prompt in config.eval.sample_prompts:
-            check_room(config.model, 1 + len(self._parts.tokenizer.encode(prompt)), config.eval.sample_tokens)
-        if self._parts.tagged is not None:
-            self._parts.tagged.check_one_batch(state.params)
-        _ = self._parts.harness
+        with suppress(StopRequestedError):
+            for prompt in config.eval.sample_prompts:
+                check_room(config.model, 1 + len(self._parts.tokenizer.encode(prompt)), config.eval.sample_tokens)
+            if self._parts.tagged is not None:
+                self._parts.tagged.check_one_batch(state.params)
+            _ = self._parts.harness
         self.seconds += time.perf_counter() - started
 
     def is_due(self, step: int) -> bool:
@@ -119,7 +122,7 @@ class Evaluations:
         return self._eval_is_due(step) or self._harness_is_due(step)
 
     def run(self, state: GrugTrainState, step: int) -> None:
-        """Does what is due after `step` updates, and logs it."""
+        """Does what is due after `step` updates, and logs it; leaves off when the process is told to stop."""
         started = time.perf_counter()
         if self._eval_is_due(step) and self._parts.evaluation is not None:
             self._guard("the evaluation", step, lambda: self._evaluate(state, step))
@@ -140,7 +143,10 @@ class Evaluations:
 
     def _guard(self, what: str, step: int, evaluate: Callable[[], None]) -> None:
         try:
+            leave_if_told_to_stop()
             evaluate()
+        except StopRequestedError:
+            logger.info("%s after %d steps is left to the process that resumes here", what, step)
         except Exception:  # whatever it was, it is not the training
             self.failed += 1
             logger.exception("%s after %d steps failed; training goes on", what, step)

@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grug_native.sample import generate
 from grug_native.scoring import Request, Scorer
+from grug_native.signals import leave_if_told_to_stop
 
 _DEFAULT_NEW_TOKENS = 256
 """Of a generation task that names no limit; half a row, where rows are short."""
@@ -123,6 +124,7 @@ class GrugLM(TemplateLM):
         return [self._generate(*request.args, seed=number) for number, request in enumerate(requests)]
 
     def _generate(self, context: str, settings: dict[str, Any], *, seed: int) -> str:
+        leave_if_told_to_stop()
         arguments: dict[str, Any] = dict(normalize_gen_kwargs(settings, min(_DEFAULT_NEW_TOKENS, self.max_length // 2)))
         until = handle_stop_sequences(arguments.pop("until"), eos=self._text.eos_token)
         max_new_tokens, sampling = arguments.pop("max_gen_toks"), arguments.pop("do_sample")

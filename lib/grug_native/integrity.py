@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grug_native.checkpoint_metadata import CheckpointMetadata, DamagedCheckpointError, read_metadata
+from grug_native.checkpoint_metadata import CheckpointMetadata, DamagedCheckpointError, LeafRecord, read_metadata
 
 _CHUNK = 1 << 16
 _WEIGHTS = ((np.uint32(0x9E3779B1), np.uint32(15)), (np.uint32(0x85EBCA77), np.uint32(13)))
@@ -73,11 +73,11 @@ class CheckpointReader:
         self._path = path
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
 
-    def open(self, leaf: str) -> "StoredArray":
+    def open(self, leaf: str, record: LeafRecord) -> "StoredArray":
         """Opens the array stored under `leaf`.
 
         Raises:
-            DamagedCheckpointError: It cannot be opened.
+            DamagedCheckpointError: It cannot be opened, or is not of the recorded shape and type.
         """
         import tensorstore
 
@@ -88,7 +88,12 @@ class CheckpointReader:
             opened = tensorstore.open(spec, open=True, read=True, context=self._context).result()
         except Exception as error:  # tensorstore raises bare ValueError and Exception for every kind of bad file
             raise DamagedCheckpointError(f"{self._path}: {leaf} cannot be opened: {error}") from error
-        return StoredArray(self._path, leaf, opened)
+        array = StoredArray(self._path, leaf, opened)
+        if (array.shape, array.dtype.name) != (record.shape, record.dtype):
+            raise DamagedCheckpointError(
+                f"{self._path}: {leaf} is {array.dtype.name}{list(array.shape)} on disk, and {record} was saved"
+            )
+        return array
 
 
 class StoredArray:
@@ -138,8 +143,9 @@ def read_leaves(path: Path, names: Iterable[str] | None = None) -> dict[str, np.
 
 
 def _read_verified(reader: CheckpointReader, name: str, metadata: CheckpointMetadata) -> np.ndarray:
-    array = reader.open(name).read()
-    found, wanted = host_digest(array), metadata.leaves[name].digest
+    record = metadata.leaves[name]
+    array = reader.open(name, record).read()
+    found, wanted = host_digest(array), record.digest
     if found != wanted:
         raise DamagedCheckpointError(f"step {metadata.step}: {name} has digest {found}, and {wanted} was saved")
     return array

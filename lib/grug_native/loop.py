@@ -82,7 +82,8 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         tracker.log_hyperparameters(config_to_dict(config))
         progress = ProgressLine(trainer.num_train_steps, start_step=start)
         stack.callback(progress.close)
-        log = _StepLog(parts, tracker, progress, checkpointer)
+        skipped = 0 if restored.metadata is None else restored.metadata.skipped_steps
+        log = _StepLog(parts, tracker, progress, checkpointer, skipped=skipped)
         evaluations = Evaluations(parts, tracker)
         evaluations.check(state)
         batches = iter_from_step(loader, start, interrupted=lambda: stop.exit_code is not None)
@@ -90,16 +91,18 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         step = start
         while True:
             checkpointer.check()
-            stopping = stop.should_stop(step) or step >= last
+            stopping = stop.should_stop() or step >= last
             kind = checkpointer.due(step) if step > start else None
             evaluating = evaluations.is_due(step)
             if stopping or kind is not None or evaluating:
                 log.flush()
             if stopping or kind is not None:
                 permanent = step == trainer.num_train_steps or kind == "permanent"
-                _save(checkpointer, trainer, state, step, permanent=permanent)
+                _save(checkpointer, trainer, state, step, log.skipped, permanent=permanent)
             if evaluating and stop.exit_code is None:
                 evaluations.run(state, step)
+                if stop.exit_code is not None:
+                    continue  # An evaluation left off is done anew by who resumes; so this is where to stop.
             if stopping:
                 break
             if kind is not None or evaluating:
@@ -113,7 +116,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
                 # The state is good. With several processes the others are elsewhere, and would not take part.
                 if step > start and jax.process_count() == 1:
                     log.flush()
-                    _save(checkpointer, trainer, state, step, permanent=False)
+                    _save(checkpointer, trainer, state, step, log.skipped, permanent=False)
                 raise
             loading_time = time.perf_counter() - waiting_since
             if batch is None:  # told to stop while the data were late
@@ -140,10 +143,16 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
 
 
 def _save(
-    checkpointer: GrugCheckpointer, trainer: GrugTrainerConfig, state: GrugTrainState, step: int, *, permanent: bool
+    checkpointer: GrugCheckpointer,
+    trainer: GrugTrainerConfig,
+    state: GrugTrainState,
+    step: int,
+    skipped_steps: int,
+    *,
+    permanent: bool,
 ) -> None:
     start_save = checkpointer.save_step_checkpoint if permanent else checkpointer.save_temporary_checkpoint
-    start_save(state, step=step, data_offset=trainer.sequences_before(step))
+    start_save(state, step=step, data_offset=trainer.sequences_before(step), skipped_steps=skipped_steps)
 
 
 def _check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) -> None:
@@ -166,12 +175,15 @@ class _StepLog:
         tracker: RunTracker,
         progress: ProgressLine,
         checkpointer: GrugCheckpointer,
+        *,
+        skipped: int,
     ):
         self._parts = parts
         self._tracker = tracker
         self._progress = progress
         self._checkpointer = checkpointer
-        self._skipped = 0
+        self.skipped = skipped
+        """Steps since the run began that were not finite, of those that have been read."""
         self._pending: tuple[int, StepMetrics, float, float | None] | None = None
         self._last_done = time.perf_counter()
 
@@ -210,7 +222,7 @@ class _StepLog:
                     "grad/norm/total": metrics.grad_norm,
                     "updates/norm/total": metrics.update_norm,
                     "params/norm/total": metrics.param_norm,
-                    "train/skipped_steps": self._skipped,
+                    "train/skipped_steps": self.skipped,
                     "data/batch_digest": metrics.batch_digest,
                     "run_progress": (step + 1) / trainer.num_train_steps,
                     **mixture_metrics(self._parts.dataset, self._parts.batch_schedule, step),
@@ -232,14 +244,14 @@ class _StepLog:
 
     def _guard(self, step: int, metrics: StepMetrics) -> None:
         trainer = self._parts.config.trainer
-        self._skipped += 1
+        self.skipped += 1
         first, end = trainer.sequences_before(step), trainer.sequences_before(step + 1)
         what = (
             f"step {step} is not finite: loss {metrics.loss}, gradient norm {metrics.grad_norm}, update norm "
             f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch: sequences {first} to {end - 1}"
         )
-        if trainer.nonfinite == "skip" and self._skipped <= trainer.max_skipped_steps:
-            logger.warning("%s; skipped (%d of at most %d)", what, self._skipped, trainer.max_skipped_steps)
+        if trainer.nonfinite == "skip" and self.skipped <= trainer.max_skipped_steps:
+            logger.warning("%s; skipped (%d of at most %d)", what, self.skipped, trainer.max_skipped_steps)
             return
         logger.error("%s", what)
         self._checkpointer.wait()
@@ -248,7 +260,7 @@ class _StepLog:
         way_out = (
             "to leave such steps out, set trainer.nonfinite='skip' and trainer.allow_changes=['trainer.nonfinite']"
             if trainer.nonfinite == "stop"
-            else f"more than trainer.max_skipped_steps={trainer.max_skipped_steps} were skipped"
+            else f"raise trainer.max_skipped_steps={trainer.max_skipped_steps}, which bounds those of the whole run"
         )
         raise NonFiniteError(
             f"{what} (`runner.show_batch({step})`). Nothing of it was saved; the last good checkpoint is {last}; "

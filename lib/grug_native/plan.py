@@ -30,8 +30,8 @@ from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
 from grug_native.train import train_step
 
-_SPARE_CHECKPOINTS = 1.2
-"""Beside the permanent checkpoints: a temporary one, and a margin."""
+_DISK_MARGIN = 0.2
+"""In checkpoints, beside the permanent ones and the temporary ones that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,8 @@ def _disk_needed(parts: RunParts, checkpoint_bytes: int, *, after: int) -> int:
     every, last = trainer.steps_per_checkpoint, trainer.num_train_steps
     permanent = {last} if every is None else {last, *range(every, last, every)}
     to_come = sum(step > after for step in permanent)
-    return int((to_come + (_SPARE_CHECKPOINTS if to_come else 0)) * checkpoint_bytes)
+    spare = trainer.keep_last_checkpoints + _DISK_MARGIN if to_come else 0
+    return int((to_come + spare) * checkpoint_bytes)
 
 
 def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:

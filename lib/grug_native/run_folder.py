@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +31,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
-_SPARE_DISK = 2.2
 _NAMED_STEPS = 10
 """An error names so many checkpoints."""
+_SPARE_CHECKPOINTS = 1.2
+"""Beside those that are kept: the one that is being written, and a margin."""
 
 
 class RunLockedError(RuntimeError):
@@ -128,7 +130,7 @@ def set_aside(path: Path, label: str) -> Path:
     names = itertools.chain([f".{label}-{path.name}"], (f".{label}-{path.name}-{n}" for n in itertools.count(2)))
     target = next(target for name in names if not os.path.lexists(target := path.with_name(name)))
     path.rename(target)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return target
 
 
@@ -136,7 +138,7 @@ def discard(path: Path, run_id: str) -> None:
     """Deletes the checkpoint at `path`: renamed out of sight first, so that a kill never leaves half of a `step-N`."""
     trash = path.with_name(f".trash-{run_id}-{path.name}")
     path.rename(trash)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     fault_point("mid_gc", int(path.name.removeprefix("step-")))
     shutil.rmtree(trash)
 
@@ -159,29 +161,34 @@ def sweep_leftovers(folder: Path, run_id: str) -> list[str]:
     return sorted(path.name for path in leftovers)
 
 
-def fsync_folder(path: Path) -> None:
-    """Makes the names in folder `path` survive a power loss."""
+def fsync(path: Path, *, forget: bool = False) -> None:
+    """Makes the bytes of a file, or the names in a folder, survive a power loss; with `forget`, uncaches them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and sys.platform == "linux":
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
 
-def fsync_tree(path: Path) -> None:
-    """Makes every file and folder under `path` survive a power loss."""
+def settle_tree(path: Path) -> None:
+    """Makes every file and folder under `path` survive a power loss, and lets go of the memory that caches the files.
+
+    So whoever reads them next reads the disk, and not what should be on it.
+    """
     for root, _, files in os.walk(path):
         for name in files:
-            fsync_folder(Path(root) / name)  # fsync asks for a descriptor, of a file or of a folder alike
-        fsync_folder(Path(root))
+            fsync(Path(root) / name, forget=True)
+        fsync(Path(root))
 
 
-def check_disk(folder: Path, checkpoint_bytes: int) -> None:
+def check_disk(folder: Path, checkpoint_bytes: int, *, kept: int) -> None:
     """Checks, before anything is compiled, that checkpoints of `checkpoint_bytes` bytes can be written into `folder`.
 
     Raises:
-        OSError: `folder` cannot be written to, or its disk has less free space than 2.2 checkpoints: the one that is
-            kept until the next is verified, the next, and a margin.
+        OSError: `folder` cannot be written to, or its disk has no room for the `kept` newest checkpoints, less those
+            that are there, the one that is being written, and a margin.
     """
     probe = folder / ".probe"
     try:
@@ -189,9 +196,13 @@ def check_disk(folder: Path, checkpoint_bytes: int) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(error.errno, f"cannot write checkpoints: {error.strerror}", str(folder)) from error
-    free, needed = shutil.disk_usage(folder).free, int(_SPARE_DISK * checkpoint_bytes)
+    wanted = max(kept - len(committed_steps(folder)), 0) + _SPARE_CHECKPOINTS
+    free, needed = shutil.disk_usage(folder).free, int(wanted * checkpoint_bytes)
     if free < needed:
-        message = f"{free} bytes are free, and two checkpoints need {needed}; free some space or change output_path"
+        message = (
+            f"{free} bytes are free, and {wanted} checkpoints need {needed}: free some space, change output_path, or "
+            "lower trainer.keep_last_checkpoints"
+        )
         raise OSError(errno.ENOSPC, message, str(folder))
 
 

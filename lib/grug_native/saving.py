@@ -47,6 +47,7 @@ def open_checkpointer(parts: RunParts) -> GrugCheckpointer:
     policy = CheckpointPolicy(
         steps_per_checkpoint=trainer.steps_per_checkpoint,
         minutes_per_temporary_checkpoint=trainer.minutes_per_temporary_checkpoint,
+        keep_last=trainer.keep_last_checkpoints,
     )
     return GrugCheckpointer(local_path(parts.config.output_path), run_identity(parts), policy)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grug_native.loss import FULL_LOGITS_BYTES, ComputeDtype
 from grug_native.mesh import BATCH_AXES, batch_sharding, constrain, out_sharding
 from grug_native.model import Transformer, cast_parameters
+from grug_native.signals import leave_if_told_to_stop
 
 _PADDING_SEGMENT = -1
 
@@ -124,6 +125,7 @@ class Scorer:
         rows = pack([self.positions(requests[index]) for index in scored], self.row_length).rows
         pending: tuple[list[list[int]], tuple[Array, Array]] | None = None
         for first in range(0, len(rows), self.batch_size):
+            leave_if_told_to_stop()
             batch = [[scored[index] for index in row] for row in rows[first : first + self.batch_size]]
             # The devices work on this batch while the host reads the one before.
             dispatched = batch, self._dispatch(batch, requests)

@@ -1,5 +1,6 @@
 """Being told to stop: SIGTERM and SIGINT become a question that the loop asks at each step boundary."""
 
+import itertools
 import os
 import signal
 import socket
@@ -26,6 +27,23 @@ class ExitCode(IntEnum):
     """There are checkpoints, all damaged."""
     LOCKED = 4
     """Another process is writing to the run's folder."""
+
+
+class StopRequestedError(Exception):
+    """Told to stop, in the middle of work that may be left undone."""
+
+
+def leave_if_told_to_stop() -> None:
+    """To be called now and then by work that takes long and can be done again, such as an evaluation.
+
+    Several processes call it equally often.
+
+    Raises:
+        StopRequestedError: the `StopSignal` that is entered in this context says to stop.
+    """
+    entered = _entered.get()
+    if entered is not None and entered.should_stop():
+        raise StopRequestedError
 
 
 class StopSignal:
@@ -84,13 +102,12 @@ class StopSignal:
             return self._outer.exit_code
         return None if self._signal is None or (self._synced and not self._agreed) else 128 + self._signal
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to save and stop after `step` updates.
-
-        Args:
-            step: Updates done. Several processes all ask at every step, in order, and are all told to stop at the same.
-        """
-        if self._synced and multihost_utils.reached_preemption_sync_point(step):
+    def should_stop(self) -> bool:
+        """Whether to save and stop. Several processes all ask equally often, and are all told at the same question."""
+        if self._outer is not None:
+            return self._outer.should_stop()
+        asks = self._synced and not self._agreed
+        if asks and multihost_utils.reached_preemption_sync_point(next(_questions)):
             self._signal, self._agreed = self._signal or signal.SIGTERM, True
         return self.exit_code is not None
 
@@ -105,6 +122,9 @@ class StopSignal:
                 if self._synced:
                     os.kill(os.getpid(), signal.SIGTERM)
 
+
+_questions = itertools.count()
+"""Never begun anew: JAX agrees on the number of the question at which all processes are told."""
 
 _entered: ContextVar[StopSignal | None] = ContextVar("grug_stop_signal", default=None)
 

@@ -53,7 +53,7 @@ class JsonlTracker:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         self.truncate_to(None)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
 
     def truncate_to(self, step: int | None) -> None:
         """Cuts the file back to what a checkpoint knows, for a run that resumes from it.
@@ -98,8 +98,12 @@ class JsonlTracker:
             )
         encoded = {name: _spelled(value) for name, value in row.items()}
         line = json.dumps({"step": step, **encoded}, allow_nan=False, ensure_ascii=False) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
+        rest = memoryview(line.encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._last_keys = frozenset(row) if step > self._last_step else self._last_keys | row.keys()
         self._last_step = step
 

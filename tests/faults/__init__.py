@@ -6,7 +6,7 @@ disturbed; or it stops with a documented exit code and says what is wrong and wh
 and the comparison.
 
 `pytest tests/faults` runs what needs neither root nor minutes, `pytest tests/faults -m slow_faults` the rest (as root:
-it mounts disks), and `python -m tests.faults.soak --kills 50` the kill soak.
+it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 
 | fault | where, if not in a test of its name here |
 |---|---|
@@ -22,6 +22,7 @@ it mounts disks), and `python -m tests.faults.soak --kills 50` the kill soak.
 | F14 two runs in one folder | test_kills |
 | F15 wrong clocks | test_damage; the saves' own clock: tests/test_checkpoint.py::test_when_a_save_is_due |
 | F16 a changed config, F17 changed or damaged data, F18 another number of devices | test_identity |
+| F18 another number of processes (slow) | test_two_processes |
 | F19 to F22 two processes, one of them killed, told to stop, hanging, failing (slow) | test_two_processes |
 | F23 a step that is not finite, F24 a spike | test_steps |
 | F25 a bad token id | test_identity |

@@ -49,11 +49,23 @@ def fit(job: Job) -> None:
         sys.exit(cli.main(job.command))
     try:
         initialize_distributed()
-        GrugRunner(load_config(job.config)).fit(stop_after=job.stop_after, resume_step=job.resume_step)
+        runner = GrugRunner(load_config(job.config))
+        if job.cell is None:
+            runner.fit(stop_after=job.stop_after, resume_step=job.resume_step)
+        else:
+            _run_cell(job.cell, runner)
     except Exception as error:  # noqa: BLE001 - this is where the script ends
         traceback.print_exc()
         found = explain(error)
         sys.exit(ExitCode.FAILED if found is None else found[0])
+
+
+def _run_cell(cell: str, runner: GrugRunner) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    shell.push({"runner": runner})
+    shell.run_cell(cell).raise_error()
 
 
 def make_base_runs(folder: Path) -> None:

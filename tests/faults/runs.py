@@ -46,6 +46,8 @@ class Job:
     """Compiled programs of earlier runs."""
     largest_file: int | None = None
     """Bytes that a file may have at most."""
+    cell: str | None = None
+    """What an IPython session runs in place of the script; its `runner` is the run's."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kill soak: `python -m tests.faults.soak --kills 50`.
+"""The kill soak: `python -m tests.faults.soak`.
 
 One small run is killed with SIGKILL at random moments: half of them at any time from the start of the process on (while
 it restores, opens its data, compiles), half while it trains and saves. Nothing is repaired in between. Then it is left
@@ -6,6 +6,7 @@ to end, and must have written, step by step and bit by bit, what a run that nobo
 """
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -18,9 +19,8 @@ from grug_native.tracker import METRICS_FILE
 from tests.faults.runs import ForkServer, Run
 
 STEPS_PER_PERMANENT = 250
-TEMPORARY = 3
-"""Folders of temporary checkpoints that a kill may leave: the newest, one half-written, one half-deleted."""
-
+HALF = 2
+"""Folders that a kill may leave beside those that are kept: one half-written, one half-deleted."""
 
 TRAINING = "first step after"
 """What a process says once it trains."""
@@ -48,7 +48,7 @@ class Soaked:
     """How long it took, without the undisturbed run."""
 
 
-def soak(server: ForkServer, folder: Path, *, kills: int, steps: int, seed: int = 0) -> Soaked:
+def soak(server: ForkServer, folder: Path, *, kills: int, steps: int, keep_last: int = 2, seed: int = 0) -> Soaked:
     """Runs one config twice, once undisturbed.
 
     Raises:
@@ -58,6 +58,7 @@ def soak(server: ForkServer, folder: Path, *, kills: int, steps: int, seed: int 
         "trainer.num_train_steps": steps,
         "trainer.steps_per_checkpoint": STEPS_PER_PERMANENT,
         "trainer.minutes_per_temporary_checkpoint": 0.2 / 60,
+        "trainer.keep_last_checkpoints": keep_last,
     }
     whole = server.run(folder / "whole", changes)
     whole.fit().expect(0)
@@ -86,11 +87,13 @@ def soak(server: ForkServer, folder: Path, *, kills: int, steps: int, seed: int 
         logged = max((int(str(row[0])) + 1 for row in run.record()), default=0) if log_exists(run) else 0
         most_folders = max(most_folders, len(run.names()))
         most_bytes = max(most_bytes, run.size())
-        assert len(run.names()) <= len([step for step in permanent if step <= newest]) + TEMPORARY
+        assert len(run.names()) <= len([step for step in permanent if step <= newest]) + keep_last + HALF
     seconds = time.monotonic() - started
     run.fit().expect(0)
     run.expect_equal(whole)
-    assert run.names() == whole.names()
+    for step in permanent:
+        assert step in run.steps
+    assert len(run.names()) <= len(permanent) + keep_last - 1
     checkpoint = sum(path.stat().st_size for path in run.step(steps).rglob("*") if path.is_file())
     return Soaked(kills, in_training, len(starts), replayed, most_folders, most_bytes, checkpoint, seconds)
 
@@ -107,6 +110,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    # Killed processes leave semaphores behind, which Python's tracker of them removes, and tells of.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     with tempfile.TemporaryDirectory() as folder:
         server = ForkServer(Path(folder) / "server")
         found = soak(server, Path(folder), kills=arguments.kills, steps=arguments.steps, seed=arguments.seed)

@@ -58,11 +58,21 @@ def test_f23_skipped_steps_are_counted_and_the_resume_is_exact(server: ForkServe
     again.fit("nan@step:3,kill@step:5").expect(-signal.SIGKILL)
     again.fit("nan@step:3").expect(0)
     again.expect_equal(once)
+    assert [row["train/skipped_steps"] for row in read_metrics(again.folder / METRICS_FILE)] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 def test_f23_too_many_skipped_steps_stop_the_run(run: Run) -> None:
     run.edit({"trainer.nonfinite": "skip", "trainer.max_skipped_steps": 2})
-    run.fit("nan@step:*").expect(1, "step 2 is not finite", "more than trainer.max_skipped_steps=2 were skipped")
+    run.fit("nan@step:*").expect(1, "step 2 is not finite", "raise trainer.max_skipped_steps=2")
+    assert run.steps == []
+
+
+def test_f23_the_bound_of_skipped_steps_is_that_of_the_whole_run(run: Run) -> None:
+    run.edit({"trainer.nonfinite": "skip", "trainer.max_skipped_steps": 2})
+    run.fit("nan@step:3,kill@step:5").expect(-signal.SIGKILL)
+    assert run.metadata(4).skipped_steps == 1
+    run.fit("nan@step:4,nan@step:6").expect(1, "skipped (2 of at most 2)", "step 6 is not finite", "the whole run")
+    assert run.metadata(6).skipped_steps == 2
 
 
 def test_f24_a_spike_is_told_and_the_resume_is_exact(server: ForkServer, run: Run) -> None:
@@ -102,7 +112,7 @@ def test_f29_evaluations_that_fail_cost_the_run_nothing(server: ForkServer, run:
 
 def test_f30_a_checkpoint_beside_an_evaluation_of_the_average(server: ForkServer, run: Run, whole_eval: Run) -> None:
     run = server.run(run.folder, base="eval")
-    run.fit("kill@step:4").expect(-signal.SIGKILL)
+    run.fit("kill@eval:4").expect(-signal.SIGKILL)
     run.fit().expect(0)
     run.expect_equal(whole_eval)
 
