@@ -55,7 +55,10 @@ def diff(arguments: argparse.Namespace) -> None:
     found = diff_checkpoints(
         find_checkpoint(first, arguments.a), find_checkpoint(second, arguments.b), values=arguments.values
     )
-    Console().print(diff_table(found))
+    if found.fields or found.structure or found.values:
+        Console().print(diff_table(found))
+    else:
+        print(f"no difference: all {found.equal_leaves} leaves are equal")
 
 
 def _folder(run: str) -> Path:

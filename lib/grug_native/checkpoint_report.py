@@ -4,12 +4,13 @@ No device and no Orbax is needed; values are read only where the metadata cannot
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from grug_native.checkpoint_metadata import (
     CheckpointError,
@@ -109,33 +110,32 @@ def _largest_gaps(a: Path, b: Path, names: list[str]) -> dict[str, float]:
 
 def checkpoints_table(entries: list[CheckpointEntry]) -> Table:
     """Returns a table of checkpoints for a terminal."""
-    table = Table("checkpoint", "kind", "sequences", "saved (UTC)", "MB", "leaves", "state")
+    saved = Column("saved (UTC)", no_wrap=True)
+    table = Table("checkpoint", "kind", "sequences", saved, "MB", _whole("state"))
     for entry in entries:
         data = entry.metadata
         known = (data.kind, f"{data.data_offset:,}", _short_time(data.saved_at)) if data else ("?", "?", "?")
-        leaves = str(len(data.leaves)) if data else "?"
-        table.add_row(entry.path.name, *known, f"{entry.disk_bytes / 1e6:,.1f}", leaves, entry.problem or "committed")
+        table.add_row(entry.path.name, *known, f"{entry.disk_bytes / 1e6:,.1f}", entry.problem or "committed")
     return table
 
 
+def _whole(header: str) -> Column:
+    """A column whose texts are folded, and never cut short, in a narrow terminal."""
+    return Column(header, overflow="fold")
+
+
 def _short_time(text: str) -> str:
-    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M")
 
 
 def metadata_table(metadata: CheckpointMetadata) -> Table:
     """Returns a table of everything a checkpoint says about itself, leaf by leaf."""
-    table = Table("field", "value", title=f"{metadata.run_id} step {metadata.step}")
-    for name in (
-        "kind",
-        "data_offset",
-        "data_fingerprint",
-        "tokenizer_digest",
-        "config_hash",
-        "mesh",
-        "versions",
-        "saved_at",
-    ):
-        table.add_row(name, str(getattr(metadata, name)))
+    table = Table(_whole("field"), _whole("value"), title=f"{metadata.run_id} step {metadata.step}")
+    for item in fields(metadata):
+        value = getattr(metadata, item.name)
+        if item.name not in ("run_id", "step", "config", "lineage", "leaves"):
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+            table.add_row(item.name, text)
     for line in metadata.lineage:
         table.add_row("lineage", line)
     table.add_section()
@@ -146,7 +146,7 @@ def metadata_table(metadata: CheckpointMetadata) -> Table:
 
 def diff_table(diff: CheckpointDiff) -> Table:
     """Returns a table of how two checkpoints differ."""
-    table = Table("what", "a", "b", caption=f"{diff.equal_leaves} leaves are equal")
+    table = Table(_whole("what"), _whole("a"), _whole("b"), caption=f"leaves that are equal: {diff.equal_leaves}")
     for difference in (*diff.fields, *diff.structure):
         table.add_row(difference.name, difference.stored or "-", difference.wanted or "-")
     table.add_section()
