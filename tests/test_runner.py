@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +83,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_run: MakeRun) -> N
     for a, b in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(reference.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert {row["mixture/stage"] for row in rows(Path(cut.output_path)) if "train/loss" in row} == {0.0, 1.0}
+
+
+def test_ctrl_c_ends_the_preparation_of_the_data_at_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenize_for_hours(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(3600)
+
+    monkeypatch.setattr("grug_native.token_cache.data_fingerprint", tokenize_for_hours)
+    with pytest.raises(KeyboardInterrupt):
+        GrugRunner(make_run()).fit()
 
 
 def test_stepping_by_hand_is_what_fit_does(make_run: MakeRun) -> None:

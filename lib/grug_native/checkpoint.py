@@ -33,6 +33,7 @@ from grug_native.run_folder import (
     committed_steps,
     discard,
     fsync,
+    quarantined,
     set_aside,
     step_name,
     sweep_leftovers,
@@ -205,8 +206,10 @@ class GrugCheckpointer:
     def rollback(self, step: int) -> list[int]:
         """Makes `step` the newest checkpoint: newer ones are renamed `.abandoned-step-N`; returns their steps.
 
+        Step 0, the fresh start, needs no checkpoint; then those that were set aside as damaged are abandoned too.
+
         Raises:
-            ValueError: There is no checkpoint of `step`. Step 0, the fresh start, needs none.
+            ValueError: There is no checkpoint of `step`.
         """
         self.wait()
         steps = committed_steps(self._folder)
@@ -215,8 +218,9 @@ class GrugCheckpointer:
         newer = [s for s in steps if s > step]
         self._barrier("rollback-listed")
         if jax.process_index() == 0:
-            for abandoned in newer:
-                logger.warning("moved to %s", set_aside(self._folder / step_name(abandoned), "abandoned"))
+            damaged = quarantined(self._folder) if step == 0 else []
+            for path in [*(self._folder / step_name(s) for s in newer), *damaged]:
+                logger.warning("moved to %s", set_aside(path, "abandoned"))
         self._barrier("rollback-done")
         return newer
 

@@ -170,7 +170,8 @@ class OrbaxCheckpointIO:
         if (remains := quarantined(base_path)) or steps:
             raise NoUsableCheckpointError(
                 f"no usable checkpoint is left in {base_path}, only {', '.join(p.name for p in remains)}: refusing to"
-                " start from scratch. Put a sound copy back as step-N, or give another output_path"
+                " start from scratch. Put a sound copy back as step-N, give another output_path, or start anew with"
+                " resume_step 0"
             )
         return None
 
@@ -237,7 +238,10 @@ def _prove(path: Path, metadata: CheckpointMetadata, loaded: Mapping[str, jax.Ar
         return prove_leaves(loaded, metadata.leaves)
     except DamagedCheckpointError as error:
         if not verify_files(path, metadata):
-            raise CheckpointError(f"{path} is sound on disk, and yet not once on the devices: {error}") from error
+            raise CheckpointError(
+                f"{path} is sound on disk, and yet not once on the devices: {error}. It stays there: try again, and"
+                " mistrust this machine's memory"
+            ) from error
         raise
 
 

@@ -58,6 +58,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
     folder, process = local_path(config.output_path), jax.process_index()
+    _ = parts.data_fingerprint  # It may take hours to tokenize; there is nothing to save yet, and a signal ends it.
     with ExitStack() as stack:
         stack.enter_context(messages_shown())
         plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
@@ -104,6 +105,8 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
                 if stop.exit_code is not None:
                     continue  # An evaluation left off is done anew by who resumes; so this is where to stop.
             if stopping:
+                if stop.exit_code is not None:
+                    logger.warning("stopping after %d steps; the same command goes on from there", step)
                 break
             if kind is not None or evaluating:
                 log.restart_clock()

@@ -1,6 +1,7 @@
 """Being told to stop: SIGTERM and SIGINT become a question that the loop asks at each step boundary."""
 
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
 
 
 class ExitCode(IntEnum):
@@ -119,6 +122,7 @@ class StopSignal:
                 if self._signal is not None:
                     os._exit(128 + numbers[0])
                 self._signal = signal.Signals(numbers[0])
+                logger.warning("%s: saving at the next step; another one ends this at once", self._signal.name)
                 if self._synced:
                     os.kill(os.getpid(), signal.SIGTERM)
 

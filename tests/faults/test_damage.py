@@ -52,6 +52,8 @@ def test_f13_never_from_scratch(half: Run) -> None:
     for _ in range(2):
         half.fit().expect(3, "refusing to start from scratch", ".corrupt-step-5")
     assert half.names() == [".corrupt-step-2", ".corrupt-step-4", ".corrupt-step-5"]
+    half.fit(resume_step=0, stop_after=1).expect(0, "starting from scratch")
+    assert half.names() == [f".abandoned-.corrupt-step-{step}" for step in (2, 4, 5)] + ["step-1"]
 
 
 def test_f12_what_is_no_checkpoint_is_neither_used_nor_touched(half: Run, whole: Run, tmp_path: Path) -> None:
