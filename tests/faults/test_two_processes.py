@@ -93,7 +93,8 @@ def test_f20_one_of_two_is_told_to_stop_while_both_evaluate(server: ForkServer, 
 def test_f18_two_processes_become_one_with_two_devices(pair: Run, both: Run) -> None:
     for process in start_both(pair, "term@step:15:0"):
         process.wait(300).expect(143)
-    pair.fit(devices=2).expect(0, f"resuming from {pair.step(pair.steps[0])}")
+    newest = pair.step(pair.steps[0])
+    pair.fit(devices=2).expect(0, f"resuming from {newest}")
     rows, wanted = (read_metrics(run.folder / METRICS_FILE) for run in (pair, both))
     assert [row["data/batch_digest"] for row in rows] == [row["data/batch_digest"] for row in wanted]
     for row, other in zip(rows, wanted, strict=True):
