@@ -15,6 +15,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from grug_native.model import MODEL_PRESETS, GrugModelConfig
+
+SHAPES: dict[str, tuple[GrugModelConfig, int]] = {
+    "tiny": (MODEL_PRESETS["tiny"], 16),
+    "cpu-s": (
+        GrugModelConfig(
+            vocab_size=8192,
+            hidden_dim=512,
+            intermediate_dim=1408,
+            num_layers=6,
+            num_heads=8,
+            num_kv_heads=8,
+            max_seq_len=512,
+        ),
+        8,
+    ),
+}
+"""Models that are measured, each with the sequences of a batch."""
+
 _PACKAGES = ("jax", "jaxlib", "equinox", "optax", "marin-levanter", "numpy")
 
 
@@ -37,17 +56,17 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), float(low), float(high), len(values))
 
 
-def interleave[T](contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+def interleave[K, T](contenders: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
     """Calls each contender once a round, in turn, so that what slows the machine for a while slows all of them.
 
     Args:
-        contenders: what to call, by name.
+        contenders: what to call, each under its name.
         rounds: calls of each.
 
     Returns:
         For each name what its calls returned, a value a round.
     """
-    results: dict[str, list[T]] = {name: [] for name in contenders}
+    results: dict[K, list[T]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             results[name].append(call())

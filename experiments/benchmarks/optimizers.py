@@ -73,7 +73,7 @@ class Study:
     muon_lengths: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """How many times fewer steps than AdamW's Muon is tried with, until it misses AdamW's end."""
     rates: Mapping[OptimizerName, tuple[float, ...]] = field(
-        default_factory=lambda: {"adamw": (2e-3, 4e-3, 8e-3, 16e-3), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
+        default_factory=lambda: {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
     )
     """Learning rates of the sweeps, ascending by factors of two; where the best is at an end, the next one is added."""
     others: Mapping[OptimizerName, Mapping[str, tuple[float, ...]]] = field(
