@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from experiments.benchmarks import eval_stall, growth, input_pipeline, optimizers
 from experiments.benchmarks.measure import SHAPES, Spread, interleave, spread
-from experiments.benchmarks.optimizers import Outcome, Study
+from experiments.benchmarks.optimizers import Bench, Outcome, Study, Trial, run_row, tune
+from grug_native.optimizer import GrugOptimizerConfig
 from tests.fixtures_run import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -81,16 +83,17 @@ def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["ratio"] * row["flops_growth"] == pytest.approx(row["time_growth"]) for row in rows)
 
 
+# The lowest rate learns nothing in four steps, and the highest diverges.
 TOY_STUDY = Study(
-    model=SMALL_MODEL,
+    model=replace(SMALL_MODEL, num_layers=1),
     batch_size=4,
-    steps=6,
-    evaluations=3,
+    steps=4,
+    evaluations=2,
     eval_batch_size=4,
     eval_batches=1,
-    seeds=(0, 1),
-    muon_lengths=(1.5,),
-    rates={"adamw": (1e-2, 2e-2), "muon": (1e-2, 2e-2)},
+    seeds=(0,),
+    muon_lengths=(2.0,),
+    rates={"adamw": (1e-6, 1e-2, 1e3), "muon": (1e-6, 1e-2, 1e3)},
     others={"adamw": {"beta2": (0.98,)}, "muon": {}},
 )
 
@@ -104,23 +107,30 @@ def test_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = runs.read_text()
     optimizers.main([*command, "--cost", "1"], TOY_STUDY)
     assert runs.read_text().startswith(before)
-    found = numbers_of(file)
-    rows = [json.loads(line) for line in runs.read_text().splitlines()]
     # A run that is there is not trained again.
-    trials = [json.dumps(row["trial"]) for row in rows]
-    assert len(set(trials)) == len(trials)
-    for kind in ("adamw", "muon"):
-        ends = {
-            row["trial"]["optimizer"]["learning_rate"]: row["curve"][-1][1]
-            for row in rows
-            if row["trial"]["optimizer"]["kind"] == kind and row["trial"]["seed"] == 0 and row["trial"]["steps"] == 6
-        }
-        assert min(ends, key=lambda rate: ends[rate]) not in (min(ends), max(ends))
-    target = found["numbers"]["target, AdamW's end [bits/byte]"]
-    assert target == pytest.approx(sum(run["curve"][-1][1] for run in found["curves"]["adamw"]) / 2)
-    assert [step for step, _ in found["curves"]["muon"]["4"][0]["curve"]] == [1, 3, 4]
+    trials = [json.dumps(json.loads(line)["trial"]) for line in runs.read_text().splitlines()]
+    assert len(set(trials)) == len(trials) == 10
+    found = numbers_of(file)
+    assert {chosen["optimizer"]["learning_rate"] for chosen in found["chosen"].values()} == {1e-2}
+    adamw, muon = found["curves"]["adamw"], found["curves"]["muon"]
+    assert found["numbers"]["target, AdamW's end [bits/byte]"] == adamw[0]["curve"][-1][1]
+    assert {steps: [step for step, _ in run["curve"]] for steps, (run,) in muon.items()} == {"4": [2, 4], "2": [1, 2]}
     assert found["numbers"]["step of Muon / step of AdamW"]["count"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_until_the_best_rate_lies_inside(tmp_path: Path) -> None:
+    start = GrugOptimizerConfig()
+    ends = {(rate, beta2): abs(rate - 0.5) + 3 * beta2 for rate in (0.25, 0.5, 1.0, 2.0, 4.0) for beta2 in (0.95, 0.9)}
+    trials = [
+        (Trial(replace(start, learning_rate=rate, beta2=beta2), 10, 0), end) for (rate, beta2), end in ends.items()
+    ]
+    study = Study(steps=10, seeds=(0,), rates={"adamw": (1.0, 2.0, 4.0)})
+    rows = [run_row(study, trial, Outcome(((10, end),), 1.0)) for trial, end in trials]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    best, tried = tune(Bench(study, tmp_path / "runs.jsonl", tmp_path, 0), study, start, {"beta2": (0.9,)})
+    assert (best.optimizer.learning_rate, best.optimizer.beta2) == (0.5, 0.9)
+    assert len(tried) == 6
 
 
 def test_the_crossing_of_a_curve_lies_between_its_points() -> None:

@@ -196,10 +196,9 @@ class Bench:
                 raise OutOfRuns("go on with the same command")
             self._left -= 1
             self.done[name] = outcome = self._train(trial)
-            row = {"study": _common(self._study), "trial": _own(trial)} | asdict(outcome)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(run_row(self._study, trial, outcome) + "\n")
             print(f"{_label(trial)}: {outcome.final:.4f} bpb, {outcome.seconds:.0f} s", flush=True)
         return self.done[name]
 
@@ -228,6 +227,11 @@ class Bench:
                 curve.append((step + 1, math.inf if math.isnan(bpb) else bpb))
                 started = time.perf_counter()
         return Outcome(tuple(curve), seconds)
+
+
+def run_row(study: Study, trial: Trial, outcome: Outcome) -> str:
+    """A line of the file of finished runs."""
+    return json.dumps({"study": _common(study), "trial": _own(trial)} | asdict(outcome))
 
 
 def tune(
