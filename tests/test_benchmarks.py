@@ -68,69 +68,81 @@ def test_eval_stall(tmp_path: Path) -> None:
         assert numbers["evaluation [s]"]["median"] < numbers["first evaluation, compiling [s]"]
 
 
-def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
-    growth.main(["--rounds", "2", "--json", str(file)], points={"sequence": (16, 32), "batch": (4, 8)})
-    rows = numbers_of(file)["rows"]
-    assert [(row["axis"], row["value"]) for row in rows] == [
-        ("sequence", 16),
-        ("sequence", 32),
-        ("batch", 4),
-        ("batch", 8),
-    ]
-    assert [row["time_growth"] for row in rows if row["value"] in (16, 4)] == [1, 1]
-    assert rows[3]["flops_growth"] == 2 < rows[1]["flops_growth"]
-    assert all(row["ratio"] * row["flops_growth"] == pytest.approx(row["time_growth"]) for row in rows)
+    growth.main(["--rounds", "2", "--json", str(file)], points={"sequence": (16, 32)})
+    short, long = numbers_of(file)["rows"]
+    assert (short["axis"], short["value"], long["value"]) == ("sequence", 16, 32)
+    assert short["time_growth"] == short["flops_growth"] == 1 and long["flops_growth"] > 2
+    assert long["ratio"] * long["flops_growth"] == pytest.approx(long["time_growth"])
+    assert long["milliseconds"]["count"] == 2
 
 
-# The lowest rate learns nothing in four steps, and the highest diverges.
+RATES = (5e-3, 1e-2, 2e-2)
 TOY_STUDY = Study(
-    model=replace(SMALL_MODEL, num_layers=1),
+    model=SMALL_MODEL,
     batch_size=4,
     steps=4,
     evaluations=2,
     eval_batch_size=4,
     eval_batches=1,
-    seeds=(0,),
+    seeds=(0, 1),
     muon_lengths=(2.0,),
-    rates={"adamw": (1e-6, 1e-2, 1e3), "muon": (1e-6, 1e-2, 1e3)},
+    rates={"adamw": RATES, "muon": RATES},
     others={"adamw": {"beta2": (0.98,)}, "muon": {}},
 )
 
 
+def write_tuned(study: Study, file: Path) -> None:
+    """What a study leaves that was stopped when it had tuned: with all rates at 1e-2 an end at 8 bits, else higher."""
+    start = GrugOptimizerConfig(warmup=0.1)
+    optimizers = [replace(start, learning_rate=rate, beta2=beta2) for rate in RATES for beta2 in (0.95, 0.98)]
+    muon = replace(start, kind="muon")
+    optimizers += [replace(muon, learning_rate=one, adam_learning_rate=two) for one in RATES for two in RATES]
+    rows: list[str] = []
+    for optimizer in optimizers:
+        rates = (optimizer.learning_rate, optimizer.adam_learning_rate or 1e-2)
+        end = 8.0 + sum(abs(math.log2(rate / 1e-2)) for rate in rates) + optimizer.beta2 - 0.95
+        rows.append(run_row(study, Trial(optimizer, study.steps, 0), Outcome(((2, 9.0), (4, end)), 1.0)))
+    file.write_text("".join(f"{row}\n" for row in rows))
+
+
 def test_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, file, picture = tmp_path / "runs.jsonl", tmp_path / "numbers.json", tmp_path / "picture.png"
+    write_tuned(TOY_STUDY, runs)
     command = ["--runs", str(runs), "--json", str(file), "--plot", str(picture)]
-    optimizers.main([*command, "--most", "2"], TOY_STUDY)
-    assert "2 runs are done" in capsys.readouterr().out
+    optimizers.main([*command, "--most", "1"], TOY_STUDY)
+    assert "16 runs are done" in capsys.readouterr().out
     assert not file.exists()
     before = runs.read_text()
     optimizers.main([*command, "--cost", "1"], TOY_STUDY)
     assert runs.read_text().startswith(before)
     # A run that is there is not trained again.
     trials = [json.dumps(json.loads(line)["trial"]) for line in runs.read_text().splitlines()]
-    assert len(set(trials)) == len(trials) == 10
+    assert len(set(trials)) == len(trials) == 19
     found = numbers_of(file)
     assert {chosen["optimizer"]["learning_rate"] for chosen in found["chosen"].values()} == {1e-2}
     adamw, muon = found["curves"]["adamw"], found["curves"]["muon"]
-    assert found["numbers"]["target, AdamW's end [bits/byte]"] == adamw[0]["curve"][-1][1]
-    assert {steps: [step for step, _ in run["curve"]] for steps, (run,) in muon.items()} == {"4": [2, 4], "2": [1, 2]}
+    ends = [run["curve"][-1][1] for run in adamw]
+    assert ends[0] == 8.0 and 1 < ends[1] < 9
+    assert found["numbers"]["target, AdamW's end [bits/byte]"] == sum(ends) / 2
+    assert {steps: [step for step, _ in runs[1]["curve"]] for steps, runs in muon.items()} == {"4": [2, 4], "2": [1, 2]}
     assert found["numbers"]["step of Muon / step of AdamW"]["count"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_inside(tmp_path: Path) -> None:
     start = GrugOptimizerConfig()
-    ends = {(rate, beta2): abs(rate - 0.5) + 3 * beta2 for rate in (0.25, 0.5, 1.0, 2.0, 4.0) for beta2 in (0.95, 0.9)}
-    trials = [
-        (Trial(replace(start, learning_rate=rate, beta2=beta2), 10, 0), end) for (rate, beta2), end in ends.items()
-    ]
+    # With beta2=0.9 the best rate is 1, and 0.5 with the one that is given.
+    ends = {(rate, 0.95): abs(rate - 0.5) + 3 for rate in (0.25, 0.5, 1.0, 2.0, 4.0)}
+    ends |= {(rate, 0.9): abs(rate - 1.0) for rate in (0.25, 0.5, 1.0, 2.0)}
     study = Study(steps=10, seeds=(0,), rates={"adamw": (1.0, 2.0, 4.0)})
-    rows = [run_row(study, trial, Outcome(((10, end),), 1.0)) for trial, end in trials]
+    trials = {Trial(replace(start, learning_rate=rate, beta2=beta2), 10, 0): end for (rate, beta2), end in ends.items()}
+    rows = [run_row(study, trial, Outcome(((10, end),), 1.0)) for trial, end in trials.items()]
     (tmp_path / "runs.jsonl").write_text("".join(f"{row}\n" for row in rows))
     best, tried = tune(Bench(study, tmp_path / "runs.jsonl", tmp_path, 0), study, start, {"beta2": (0.9,)})
-    assert (best.optimizer.learning_rate, best.optimizer.beta2) == (0.5, 0.9)
-    assert len(tried) == 6
+    assert (best.optimizer.learning_rate, best.optimizer.beta2) == (1.0, 0.9)
+    assert len(tried) == 8
 
 
 def test_the_crossing_of_a_curve_lies_between_its_points() -> None:

@@ -1,9 +1,10 @@
 """Muon against AdamW, both tuned, on text that is held out: `python -m experiments.benchmarks.optimizers`.
 
 Each optimizer gets the same budget of trials at the same number of tokens: a sweep of the learning rate, which goes on
-until the best rate lies inside it, then one pass over its other numbers, in which a change stays if it helps. The best
-settings are trained with three seeds. What AdamW reaches at the end of its schedule is the target, and Muon is trained
-again with schedules that end earlier and earlier, for as long as its mean over the seeds still reaches that target.
+until the best rate lies inside it; one pass over its other numbers, in which a change stays if it helps; and AdamW's
+rate (with Muon, of what it leaves to AdamW) once more, up or down. The best settings are trained with three seeds. What
+AdamW reaches at the end of its schedule is the target, and Muon is trained again with shorter schedules, to find the
+shortest at whose end its mean over the seeds reaches that target.
 
 Every run is appended to a file when it is done and is not trained again, so a study that was killed goes on where it
 was. `--most N` trains at most N of them; `--cost` measures a step of each, side by side, on a machine that should be
@@ -70,10 +71,10 @@ class Study:
     """Batches of each validation set at most."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the parameters and of the data's order; the sweeps take the first."""
-    muon_lengths: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
-    """How many times fewer steps than AdamW's Muon is tried with, until it misses AdamW's end."""
+    muon_lengths: tuple[float, ...] = (1.1, 1.2, 1.4, 1.6, 1.8, 2.0)
+    """How many times fewer steps than AdamW's Muon may be tried with, ascending."""
     rates: Mapping[OptimizerName, tuple[float, ...]] = field(
-        default_factory=lambda: {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
+        default_factory=lambda: {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (25e-4, 5e-3, 1e-2, 2e-2)}
     )
     """Learning rates of the sweeps, ascending by factors of two; where the best is at an end, the next one is added."""
     others: Mapping[OptimizerName, Mapping[str, tuple[float, ...]]] = field(
@@ -265,7 +266,23 @@ def tune(
             change: dict[str, Any] = {name: value}
             if end(replace(chosen, **change)) < end(chosen):
                 chosen = replace(chosen, **change)
+    # With other numbers, another rate may be best; what AdamW updates depends on it most.
+    chosen = climb(chosen, "learning_rate" if start.kind == "adamw" else "adam_learning_rate", end)
     return Trial(chosen, study.steps, study.seeds[0]), ends
+
+
+def climb(start: GrugOptimizerConfig, name: str, end: Callable[[GrugOptimizerConfig], float]) -> GrugOptimizerConfig:
+    """Doubles a rate for as long as that helps; if it never does, halves it likewise."""
+    for factor in (2.0, 0.5):
+        best, tried = start, start
+        while tried is best:
+            change: dict[str, Any] = {name: factor * getattr(best, name)}
+            tried = replace(best, **change)
+            if end(tried) < end(best):
+                best = tried
+        if best is not start:
+            return best
+    return start
 
 
 @dataclass(frozen=True)
@@ -289,16 +306,20 @@ class Comparison:
         return min((steps for steps, runs in self.muon.items() if mean_end(runs) <= self.target), default=math.inf)
 
     @property
+    def crossing_ratio(self) -> float:
+        """AdamW's steps over those at which Muon's longest curves cross the target; 0 where one never does."""
+        return self.steps / statistics.mean(run.steps_to(self.target) for run in self.muon[self.steps])
+
+    @property
     def numbers(self) -> dict[str, float]:
         """The ratios."""
-        crossing = statistics.mean(run.steps_to(self.target) for run in self.muon[self.steps])
         return {
             "target, AdamW's end [bits/byte]": self.target,
             "Muon's end at equal tokens [bits/byte]": mean_end(self.muon[self.steps]),
             "steps to the target, AdamW": self.steps,
             "steps to the target, Muon, schedule ending there": self.muon_steps,
             RATIO: self.steps / self.muon_steps,
-            "AdamW's steps / Muon's along its longest curves": self.steps / crossing,
+            "AdamW's steps / Muon's along its longest curves": self.crossing_ratio,
         }
 
 
@@ -308,16 +329,28 @@ def mean_end(runs: Sequence[Outcome]) -> float:
 
 
 def compare(bench: Bench, study: Study, adamw: Trial, muon: Trial) -> Comparison:
-    """Trains the best settings with all seeds, and Muon in fewer and fewer steps until it misses the target."""
+    """Trains the best settings with all seeds, and finds the shortest schedule of Muon's that ends at the target."""
 
     def all_seeds(trial: Trial) -> tuple[Outcome, ...]:
         return tuple(bench.run(replace(trial, seed=seed)) for seed in study.seeds)
 
     comparison = Comparison(study.steps, all_seeds(adamw), {study.steps: all_seeds(muon)})
-    for ratio in study.muon_lengths:
-        steps = round(study.steps / ratio)
+
+    def reaches(length: float) -> bool:
+        nonlocal comparison
+        steps = round(study.steps / length)
         comparison = replace(comparison, muon={**comparison.muon, steps: all_seeds(replace(muon, steps=steps))})
-        if comparison.muon_steps > steps:
+        return mean_end(comparison.muon[steps]) <= comparison.target
+
+    # A schedule which ends there should do no worse than the longest one on its way: begin where that one crosses.
+    below = [length for length in study.muon_lengths if length <= comparison.crossing_ratio]
+    above = [length for length in study.muon_lengths if length > comparison.crossing_ratio]
+    reached = not below
+    for length in reversed(below):
+        if reached := reaches(length):
+            break
+    for length in above if reached else ():
+        if not reaches(length):
             break
     return comparison
 
