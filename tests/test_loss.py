@@ -92,6 +92,14 @@ def test_no_scatter_and_no_gather_of_logits_in_the_gradient() -> None:
     assert not scatters
 
 
+def test_a_batch_may_be_one_sequence() -> None:
+    batch, model = make_batch(), model_with("full")
+    one = jax.tree.map(lambda leaf: leaf[:1], batch)
+    with jax.set_mesh(create_mesh(1, devices=jax.devices()[:1])):
+        loss = eqx.filter_jit(next_token_loss)(model, jax.device_put(one, jax.P()))
+    np.testing.assert_allclose(loss, next_token_loss(model, one), rtol=1e-6)
+
+
 def test_a_batch_of_no_weight_has_no_loss() -> None:
     batch = make_batch()
     empty = GrugLmExample(batch.tokens, jnp.zeros((4, 32)), batch.attn_mask)

@@ -125,7 +125,8 @@ def next_token_loss(
 
 
 def _labels(batch: LmBatch) -> Int[Array, "B S"]:
-    return jnp.roll(batch.tokens, -1, axis=1)
+    # `jnp.roll` fails under an explicit mesh on a batch of one sequence.
+    return jnp.concatenate([batch.tokens[:, 1:], batch.tokens[:, :1]], axis=1)
 
 
 def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:
