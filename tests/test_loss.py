@@ -10,7 +10,7 @@ from levanter.data.text.examples import GrugLmExample
 
 from grug_native import loss as loss_module
 from grug_native.loss import choose_cross_entropy, next_token_loss, per_token_loss
-from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
 from grug_native.model import Transformer
 from tests.fixtures_run import SMALL_MODEL, make_batch
 
@@ -96,7 +96,7 @@ def test_a_batch_may_be_one_sequence() -> None:
     batch, model = make_batch(), model_with("full")
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
     with jax.set_mesh(create_mesh(1, devices=jax.devices()[:1])):
-        loss = eqx.filter_jit(next_token_loss)(model, jax.device_put(one, jax.P()))
+        loss = eqx.filter_jit(next_token_loss)(model, jax.device_put(one, jax.P(BATCH_AXES)))
     np.testing.assert_allclose(loss, next_token_loss(model, one), rtol=1e-6)
 
 
