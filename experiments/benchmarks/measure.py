@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from grug_native.model import MODEL_PRESETS, GrugModelConfig
@@ -95,9 +96,9 @@ def environment() -> dict[str, str]:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | Spread]]) -> None:
     """Prints a table; numbers with four digits, a spread as its median and what lies around it."""
-    table = Table(*columns, title=title)
+    table = Table(*map(escape, columns), title=escape(title))
     for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_row(*(escape(_cell(value)) for value in row))
     Console().print(table)
 
 
