@@ -199,11 +199,7 @@ COSMETIC_FIELDS = (
 
 
 def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
-    """The config as plain JSON data.
-
-    Raises:
-        ValueError: a URL in it holds a password, which would end up on disk and in trackers.
-    """
+    """The config as plain JSON data; a `ValueError` if a URL in it holds a password, as this is written to disk."""
     sections: dict[str, Any] = {
         "model": asdict(config.model),
         "data": draccus.encode(config.data),
@@ -221,9 +217,10 @@ def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
 
         trackers = config.trainer.trackers
         sections["trainer"]["trackers"] = [draccus.encode(tracker, LevanterTrackerConfig) for tracker in trackers]
-    plain: dict[str, Any] = json.loads(json.dumps(sections))
-    _check_no_passwords(plain, "")
-    return plain
+    text = json.dumps(sections)
+    if found := re.search(r"\w://[^/\s@\"]*:[^/\s@\"]*@([^/\"]*)", text):
+        raise ValueError(f"the config holds a URL of {found[1]} with a password, and is written to disk: take it out")
+    return json.loads(text)
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
@@ -333,17 +330,6 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]])
         except yaml.YAMLError as error:
             raise ValueError(f"--{name} {value!r} is no YAML: {error}") from error
     return changed
-
-
-def _check_no_passwords(value: object, name: str) -> None:
-    if isinstance(value, Mapping):
-        for key, item in cast(Mapping[str, object], value).items():
-            _check_no_passwords(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        for index, item in enumerate(cast(list[object], value)):
-            _check_no_passwords(item, f"{name}.{index}")
-    elif isinstance(value, str) and re.search(r"\w://[^/\s@]*:[^/\s@]*@", value):
-        raise ValueError(f"{name} is a URL with a password in it, and a config is written to disk: take it out")
 
 
 def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:

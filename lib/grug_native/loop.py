@@ -58,15 +58,14 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
     folder, process = local_path(config.output_path), jax.process_index()
-    _ = parts.data_fingerprint  # It may take hours to tokenize; there is nothing to save yet, and a signal ends it.
     with ExitStack() as stack:
         stack.enter_context(messages_shown())
         plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
         logger.info("%s", plan.in_a_line)
+        with start_up.data():  # It may tokenize for hours; there is nothing to save yet, and a signal ends it.
+            loader, _ = parts.loader, parts.data_fingerprint
         stop = stack.enter_context(StopSignal())
         stack.enter_context(jax.set_mesh(parts.mesh))
-        with start_up.data():
-            loader = parts.loader
         checkpointer = stack.enter_context(open_checkpointer(parts))
         checkpointer.preflight(parts.state_shape)
         if resume_step is not None:
