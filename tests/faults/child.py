@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 from levanter.optim.config import OptimizerConfig as OptimizerConfig
 from levanter.tracker import TrackerConfig as TrackerConfig
+from matplotlib import figure
+from matplotlib.backends import backend_agg
 from orbax.checkpoint import v1 as ocp
 
 from grug_native import cli, commands, corpus_store, data, eval_hooks, loop, plot, sample, saving, token_cache
@@ -28,7 +30,20 @@ from tests.faults.runs import NUM_STEPS, Job
 from tests.fixtures_data import make_text
 from tests.fixtures_run import SMALL_MODEL
 
-PRELOADED = (commands, corpus_store, data, eval_hooks, loop, ocp, plot, sample, saving, token_cache)
+PRELOADED = (
+    backend_agg,
+    commands,
+    corpus_store,
+    data,
+    eval_hooks,
+    figure,
+    loop,
+    ocp,
+    plot,
+    sample,
+    saving,
+    token_cache,
+)
 
 
 def fit(job: Job) -> None:
