@@ -5,6 +5,7 @@ This module is imported once, into the fork server; so it imports all that a run
 
 import os
 import resource
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -51,6 +52,7 @@ def fit(job: Job) -> None:
     descriptor = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it would be ignored.
     os.environ.update(job.environment)
     os.environ.setdefault("NPROC", "16")
     jax.config.update("jax_num_cpu_devices", job.devices)
