@@ -30,6 +30,7 @@ class Shape:
     sequence: int = 128
     """Tokens of a sequence."""
     layers: int = 2
+    """Blocks."""
     batch: int = 8
     """Sequences of a batch."""
 
@@ -89,11 +90,15 @@ class Row:
     """A shape on its axis."""
 
     axis: str
+    """What grows: `sequence`, `layers` or `batch`."""
     value: int
+    """How much of it."""
     milliseconds: Spread
+    """Of a step."""
     gflops: float
     """Operations of a step, 1e9."""
     gflops_per_second: float
+    """How fast they are done, 1e9."""
     time_growth: float
     """From the first value of the axis."""
     flops_growth: float

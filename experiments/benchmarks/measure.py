@@ -43,6 +43,7 @@ class Spread:
     """A median, and how far it is to be trusted."""
 
     median: float
+    """The middle one of the values."""
     low: float
     """The tenth percentile."""
     high: float

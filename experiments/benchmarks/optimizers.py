@@ -67,6 +67,7 @@ class Study:
     evaluations: int = 6
     """Points of a curve, the last one at the end of the run."""
     eval_batch_size: int = 32
+    """Sequences of an evaluation batch."""
     eval_batches: int | None = 6
     """Batches of each validation set at most."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -93,7 +94,9 @@ class Trial:
 
     optimizer: GrugOptimizerConfig
     steps: int
+    """Updates, to the end of its schedule."""
     seed: int
+    """Of the parameters and of the data's order."""
 
 
 @dataclass(frozen=True)

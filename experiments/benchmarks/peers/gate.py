@@ -37,8 +37,9 @@ class Turn:
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
-        return self.seconds / len(self.steps)
+        """Seconds a step; of several, the first is left out: the system takes freed pages away from who waits."""
+        first = self.steps[0] if len(self.steps) > 1 else 0.0
+        return (self.seconds - first) / max(len(self.steps) - 1, 1)
 
 
 class Gate:
