@@ -73,7 +73,7 @@ def per_token_loss(
 ) -> Float[Array, "B S"]:
     """Nats of predicting `tokens[b, s + 1]` at position `s`, unweighted, in f32.
 
-    The last position of each row predicts the row's first token: it means nothing, and `loss_weight` is 0 there.
+    The last position of each row predicts token 0: it means nothing, and `loss_weight` is 0 there.
     """
     check_lm_batch(batch)
     model = cast_parameters(params, compute_dtype)
@@ -125,8 +125,8 @@ def next_token_loss(
 
 
 def _labels(batch: LmBatch) -> Int[Array, "B S"]:
-    # `jnp.roll` fails under an explicit mesh on a batch of one sequence.
-    return jnp.concatenate([batch.tokens[:, 1:], batch.tokens[:, :1]], axis=1)
+    # Not `jnp.roll`: it loses the sharding of a batch of one sequence.
+    return jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
 
 
 def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:
