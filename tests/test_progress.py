@@ -59,7 +59,8 @@ def test_messages_show_without_any_logging_set_up_and_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package, root = logging.getLogger("grug_native"), logging.getLogger()
-    monkeypatch.setattr(package, "level", logging.NOTSET)
+    monkeypatch.setattr(package, "level", package.level)
+    package.setLevel(logging.NOTSET)  # and not by the attribute, behind which loggers remember their levels
     for handlers in ([], [logging.StreamHandler()]):  # the second as some libraries leave it behind
         monkeypatch.setattr(root, "handlers", handlers)
         with messages_shown():
