@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from collections.abc import Generator
 from itertools import count
 from types import SimpleNamespace
 
@@ -55,12 +56,23 @@ def test_in_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
+@pytest.fixture
+def levels_of_a_new_process() -> Generator[None]:
+    """Some libraries set the root's level when they start; by `setLevel`, since loggers remember what is enabled."""
+    levels = {logging.getLogger(): logging.WARNING, logging.getLogger("grug_native"): logging.NOTSET}
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
+        logger.setLevel(level)
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("levels_of_a_new_process")
 def test_messages_show_without_any_logging_set_up_and_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package, root = logging.getLogger("grug_native"), logging.getLogger()
-    monkeypatch.setattr(package, "level", package.level)
-    package.setLevel(logging.NOTSET)  # and not by the attribute, behind which loggers remember their levels
     for handlers in ([], [logging.StreamHandler()]):  # the second as some libraries leave it behind
         monkeypatch.setattr(root, "handlers", handlers)
         with messages_shown():
