@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.benchmarks import eval_stall, growth, input_pipeline, optimizers
+from experiments.benchmarks import eval_stall, growth, input_pipeline, loop_overhead, measure, optimizers
 from experiments.benchmarks.measure import SHAPES, Spread, interleave, spread
 from experiments.benchmarks.optimizers import Bench, Outcome, Study, Trial, run_row, tune
 from grug_native.optimizer import GrugOptimizerConfig
@@ -25,7 +25,7 @@ def toy(small_corpus: "LmDataConfig", monkeypatch: pytest.MonkeyPatch) -> None:
     def corpus(cache_dir: Path, **_: object) -> "LmDataConfig":
         return small_corpus
 
-    for module in (eval_stall, input_pipeline, optimizers):
+    for module in (measure, optimizers):
         monkeypatch.setattr(module, "embedded_corpus", corpus)
     monkeypatch.setitem(SHAPES, "toy", (SMALL_MODEL, 4))
 
@@ -55,6 +55,16 @@ def test_input_pipeline(tmp_path: Path) -> None:
     assert numbers["loader alone [batches/s]"]["median"] > 0
     assert 0 <= numbers["all waits / all steps [%]"] < 100
     assert numbers["longest wait [ms]"] >= numbers["wait for a batch [ms]"]["high"]
+
+
+def test_loop_overhead(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    loop_overhead.main(["--shape", "toy", "--rounds", "2", "--steps", "3", "--json", str(file)])
+    numbers = numbers_of(file)["toy"]
+    assert numbers["fit() step [ms]"]["count"] == numbers["bare step [ms]"]["count"] == 4
+    ratio = numbers["fit() step [ms]"]["median"] / numbers["bare step [ms]"]["median"]
+    assert numbers["fit() / bare, medians of all steps (bar: 1.02)"] == pytest.approx(ratio)
+    assert numbers["fit() / bare, by round"]["count"] == 2
 
 
 def test_eval_stall(tmp_path: Path) -> None:

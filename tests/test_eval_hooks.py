@@ -169,15 +169,16 @@ def test_exact_bits_times_bytes_is_the_likelihood_of_the_text(
     assert exact * len("".join(texts).encode()) * math.log(2) == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.parametrize(("batch_size", "axes", "devices"), [(12, MeshAxes(data=2, model=2), 4), (1, MeshAxes(), 1)])
 def test_exact_bits_depend_neither_on_batches_nor_on_the_mesh(
-    nested: LmDataConfig, evaluation: TaggedEval, params: Transformer
+    nested: LmDataConfig, evaluation: TaggedEval, params: Transformer, batch_size: int, axes: MeshAxes, devices: int
 ) -> None:
     reference = {name: value for name, value in evaluation.evaluate(params).items() if "exact" in name}
     assert len(reference) == 7
-    other_mesh = create_mesh(12, MeshAxes(data=2, model=2))
+    other_mesh = create_mesh(batch_size, axes, devices=jax.devices()[:devices])
     sets = build_eval_sets(nested, SEQ_LEN, VOCAB)
     other = build_tagged_evaluator(
-        sets, batch_size=12, mesh=other_mesh, vocab_size=VOCAB, tokenizer=nested.the_tokenizer
+        sets, batch_size=batch_size, mesh=other_mesh, vocab_size=VOCAB, tokenizer=nested.the_tokenizer
     )
     metrics = other.evaluate(_params(other_mesh))
     assert {name: metrics[name] for name in reference} == pytest.approx(reference, rel=1e-6)

@@ -18,16 +18,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmarks.measure import SHAPES, Spread, seconds_of, show, spread, write_numbers
-from grug_native import (
-    GrugEvalConfig,
-    GrugModelConfig,
-    GrugNativeRunConfig,
-    GrugOptimizerConfig,
-    GrugRunner,
-    GrugTrainerConfig,
-)
-from grug_native.corpus import embedded_corpus
+from experiments.benchmarks.measure import SHAPES, Spread, make_run, seconds_of, show, spread, write_numbers
+from grug_native import GrugNativeRunConfig, GrugRunner
 
 
 @dataclass(frozen=True)
@@ -122,20 +114,6 @@ def evaluate_numbers(stalls: Stalls, *, passes: int, eval_tokens: int, step_toke
     }
 
 
-def make_run(
-    model: GrugModelConfig, batch_size: int, *, ema_beta: float | None, batches: int, cache_dir: Path
-) -> GrugNativeRunConfig:
-    """A run with evaluations of so many batches of each validation set; nothing is written to its folder."""
-    return GrugNativeRunConfig(
-        model=model,
-        data=embedded_corpus(cache_dir, vocab_size=model.vocab_size),
-        optimizer=GrugOptimizerConfig(),
-        trainer=GrugTrainerConfig(num_train_steps=10_000, train_batch_size=batch_size, ema_beta=ema_beta),
-        eval=GrugEvalConfig(max_eval_batches=batches),
-        output_path=str(Path(tempfile.gettempdir()) / "grug-eval-stall"),
-    )
-
-
 def eval_tokens_of(config: GrugNativeRunConfig) -> int:
     """Tokens that a pass over the validation sets takes in, padding of the last batches left out."""
     from levanter.utils.thread_utils import blocking_wait
@@ -160,15 +138,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results: dict[str, dict[str, float | Spread]] = {}
     for name, ema_beta in (("without EMA", None), ("with EMA", 0.999)):
-        model, batch_size = SHAPES[arguments.shape]
         config = make_run(
-            model, batch_size, ema_beta=ema_beta, batches=arguments.batches, cache_dir=arguments.cache_dir
+            arguments.shape,
+            cache_dir=arguments.cache_dir,
+            folder=Path(tempfile.gettempdir()) / "grug-eval-stall",  # nothing is written there
+            eval_batches=arguments.batches,
+            ema_beta=ema_beta,
         )
         results[name] = evaluate_numbers(
             measure(config, rounds=arguments.rounds, steps=arguments.steps),
             passes=1 if ema_beta is None else 2,
             eval_tokens=eval_tokens_of(config),
-            step_tokens=batch_size * config.seq_len,
+            step_tokens=config.trainer.batch_size_at(0) * config.seq_len,
         )
     plain, averaged = results.values()
     rows = [(number, plain[number], averaged[number]) for number in plain]

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from experiments.benchmarks.measure import SHAPES, Spread, show, spread, write_numbers
-from grug_native import (
-    GrugEvalConfig,
-    GrugModelConfig,
-    GrugNativeRunConfig,
-    GrugOptimizerConfig,
-    GrugRunner,
-    GrugTrainerConfig,
-)
-from grug_native.corpus import embedded_corpus
+from experiments.benchmarks.measure import SHAPES, Spread, make_run, show, spread, write_numbers
+from grug_native import GrugNativeRunConfig, GrugRunner
 from grug_native.tracker import METRICS_FILE, read_metrics
 
 _LEFT_OUT = 2
@@ -37,22 +29,6 @@ class Waits:
     """For the batch (`throughput/loading_time`)."""
     steps: tuple[float, ...]
     """From the end of a step to the end of the next (`throughput/duration`)."""
-
-
-def make_run(
-    model: GrugModelConfig, batch_size: int, *, cache_dir: Path, folder: Path, seed: int = 0
-) -> GrugNativeRunConfig:
-    """A run that saves once, at its end, and evaluates next to nothing."""
-    return GrugNativeRunConfig(
-        model=model,
-        data=embedded_corpus(cache_dir, vocab_size=model.vocab_size),
-        optimizer=GrugOptimizerConfig(),
-        trainer=GrugTrainerConfig(
-            num_train_steps=1000, train_batch_size=batch_size, minutes_per_temporary_checkpoint=None, seed=seed
-        ),
-        eval=GrugEvalConfig(max_eval_batches=1),
-        output_path=str(folder),
-    )
 
 
 def measure_loader(config: GrugNativeRunConfig, batches: int) -> float:
@@ -120,9 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         waits: list[Waits] = []
         with tempfile.TemporaryDirectory() as folder:
             for number in range(arguments.rounds):
-                config = make_run(
-                    *SHAPES[shape], cache_dir=arguments.cache_dir, folder=Path(folder) / f"run-{number}", seed=number
-                )
+                own = Path(folder) / f"run-{number}"
+                config = make_run(shape, cache_dir=arguments.cache_dir, folder=own, seed=number)
                 loader.append(measure_loader(config, arguments.batches))
                 waits.append(measure_waits(config, arguments.steps))
         results[shape] = evaluate(loader, waits)

@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grug_native.model import MODEL_PRESETS, GrugModelConfig
+from grug_native import (
+    GrugEvalConfig,
+    GrugModelConfig,
+    GrugNativeRunConfig,
+    GrugOptimizerConfig,
+    GrugTrainerConfig,
+)
+from grug_native.corpus import embedded_corpus
+from grug_native.model import MODEL_PRESETS
 
 SHAPES: dict[str, tuple[GrugModelConfig, int]] = {
     "tiny": (MODEL_PRESETS["tiny"], 16),
@@ -36,6 +44,42 @@ SHAPES: dict[str, tuple[GrugModelConfig, int]] = {
 """Models that are measured, each with the sequences of a batch."""
 
 _PACKAGES = ("jax", "jaxlib", "equinox", "optax", "marin-levanter", "numpy")
+
+
+def make_run(
+    shape: str,
+    *,
+    cache_dir: Path,
+    folder: Path,
+    eval_batches: int = 1,
+    ema_beta: float | None = None,
+    seed: int = 0,
+) -> GrugNativeRunConfig:
+    """A run on the embedded corpus that saves once, at its end.
+
+    Args:
+        shape: one of `SHAPES`.
+        cache_dir: folder of the corpora.
+        folder: where the run writes.
+        eval_batches: of each validation set at most, in an evaluation.
+        ema_beta: decay of a moving average of the parameters; None for none.
+        seed: of weights and data.
+    """
+    model, batch_size = SHAPES[shape]
+    return GrugNativeRunConfig(
+        model=model,
+        data=embedded_corpus(cache_dir, vocab_size=model.vocab_size),
+        optimizer=GrugOptimizerConfig(),
+        trainer=GrugTrainerConfig(
+            num_train_steps=10_000,
+            train_batch_size=batch_size,
+            ema_beta=ema_beta,
+            seed=seed,
+            minutes_per_temporary_checkpoint=None,
+        ),
+        eval=GrugEvalConfig(max_eval_batches=eval_batches),
+        output_path=str(folder),
+    )
 
 
 @dataclass(frozen=True)

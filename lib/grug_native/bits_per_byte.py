@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from grug_native.loss import next_tokens
 from grug_native.mesh import BATCH_AXES, out_sharding
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class TokenBytes(eqx.Module):
 
     def of_predicted(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
         """Bytes of `tokens[b, s + 1]`, which position `s` predicts. The last position of a row means nothing."""
-        predicted = jnp.roll(tokens, -1, axis=1)
+        predicted = next_tokens(tokens)
         spec = out_sharding(BATCH_AXES, None)
         inside, first = (jnp.asarray(table).at[predicted].get(out_sharding=spec) for table in (self.inside, self.first))
         return jnp.where(jnp.asarray(self.special).at[tokens].get(out_sharding=spec), first, inside)

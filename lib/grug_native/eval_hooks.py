@@ -28,7 +28,7 @@ from levanter.utils.thread_utils import blocking_wait
 from grug_native.bits_per_byte import TokenBytes, exact_metrics, token_bytes
 from grug_native.data import VocabCheckedDataset
 from grug_native.eval_config import GrugEvalConfig
-from grug_native.loss import ComputeDtype, per_token_loss
+from grug_native.loss import ComputeDtype, next_tokens, per_token_loss
 from grug_native.mesh import BATCH_AXES, constrain
 from grug_native.model import Transformer
 from grug_native.signals import leave_if_told_to_stop
@@ -241,8 +241,8 @@ def _position_losses(
 ) -> tuple[PositionLosses, Float[Array, "B sums"]]:
     """Returns what `TaggedEvaluator` wants, and of each sequence its weighted nats and bytes and its tags."""
     losses, weights = per_token_loss(params, batch, compute_dtype=compute_dtype), batch.loss_weight
-    predicted = jnp.roll(batch.tokens, -1, axis=1)
     counts = jnp.zeros_like(weights) if table is None else table.of_predicted(batch.tokens) * weights
     sums = jnp.stack([jnp.sum(losses * weights, axis=1), jnp.sum(counts, axis=1)], axis=1)
     # Replicated, so that every process can read all of it.
-    return (losses, weights, predicted), constrain(jnp.concatenate([sums, tags.astype(sums.dtype)], axis=1), None, None)
+    rows = constrain(jnp.concatenate([sums, tags.astype(sums.dtype)], axis=1), None, None)
+    return (losses, weights, next_tokens(batch.tokens)), rows

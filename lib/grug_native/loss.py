@@ -77,7 +77,7 @@ def per_token_loss(
     """
     check_lm_batch(batch)
     model = cast_parameters(params, compute_dtype)
-    hidden, labels = model(batch.tokens, batch.attn_mask), _labels(batch)
+    hidden, labels = model(batch.tokens, batch.attn_mask), next_tokens(batch.tokens)
     if _implementation(params, batch) == "full":
         return _full_losses(hidden, gather(model.lm_head, None, "model"), labels)[0]
 
@@ -103,7 +103,7 @@ def next_token_loss(
     """
     check_lm_batch(batch)
     model = cast_parameters(params, compute_dtype)
-    hidden, labels, weight = model(batch.tokens, batch.attn_mask), _labels(batch), batch.loss_weight
+    hidden, labels, weight = model(batch.tokens, batch.attn_mask), next_tokens(batch.tokens), batch.loss_weight
     if _implementation(params, batch) == "full":
         nats, log_z = _full_losses(hidden, gather(model.lm_head, None, "model"), labels)
         total = jnp.sum(weight * (nats + z_loss_weight * jnp.square(log_z)))
@@ -124,9 +124,10 @@ def next_token_loss(
     return jnp.where(weights > 0, total / jnp.where(weights > 0, weights, 1.0), 0.0)
 
 
-def _labels(batch: LmBatch) -> Int[Array, "B S"]:
+def next_tokens(tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """At each position the token after it, which it predicts; at the last one 0, which means nothing."""
     # Not `jnp.roll`: it loses the sharding of a batch of one sequence.
-    return jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
 
 def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:

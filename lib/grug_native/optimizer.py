@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, get_abstract_mesh
+from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from grug_native.mesh import constrain
+from grug_native.mesh import constrain, explicit_mesh
 from grug_native.model import parameter_kind
 from grug_native.types import Scalar
 
@@ -261,9 +261,7 @@ def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
 
 
 def _layer_axes(num_layers: int) -> tuple[str | None]:
-    mesh = get_abstract_mesh()
-    explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
-    return ("data",) if explicit and num_layers % mesh.shape["data"] == 0 else (None,)
+    return ("data",) if explicit_mesh() and num_layers % get_abstract_mesh().shape["data"] == 0 else (None,)
 
 
 def _muon_groups(params: PyTree) -> PyTree:
