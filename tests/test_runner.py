@@ -91,8 +91,12 @@ def test_ctrl_c_ends_the_preparation_of_the_data_at_once(make_run: MakeRun, monk
         time.sleep(3600)
 
     monkeypatch.setattr("grug_native.token_cache.data_fingerprint", tokenize_for_hours)
-    with pytest.raises(KeyboardInterrupt):
-        GrugRunner(make_run()).fit()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore the signal.
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            GrugRunner(make_run()).fit()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_stepping_by_hand_is_what_fit_does(make_run: MakeRun) -> None:

@@ -3,6 +3,7 @@
 This module is imported once, into the fork server; so it imports all that a run needs, and uses no device.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import jax
+from jaxlib.mlir.dialects import mhlo
 from levanter.optim.config import OptimizerConfig as OptimizerConfig
 from levanter.tracker import TrackerConfig as TrackerConfig
 from matplotlib import figure
@@ -39,12 +41,15 @@ PRELOADED = (
     eval_hooks,
     figure,
     loop,
+    mhlo,
     ocp,
     plot,
     sample,
     saving,
     token_cache,
 )
+
+gc.freeze()  # What is here now is shared with the forks, as long as nobody counts its references.
 
 
 def fit(job: Job) -> None:
