@@ -65,6 +65,8 @@ def test_loop_overhead(tmp_path: Path) -> None:
     ratio = numbers["fit() step [ms]"]["median"] / numbers["bare step [ms]"]["median"]
     assert numbers["fit() / bare, medians of all steps (bar: 1.02)"] == pytest.approx(ratio)
     assert numbers["fit() / bare, by round"]["count"] == 2
+    assert numbers["a bare step's call [ms]"]["count"] == 4
+    assert numbers["the first call, compiling [s]"] < numbers["the first step, all of it [s]"]
 
 
 def test_eval_stall(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Importing this module imports levanter, which takes seconds; nothing light may i
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import final
 
 import equinox as eqx
@@ -235,7 +236,7 @@ def build_tagged_eval_callback(
     return evaluate
 
 
-@eqx.filter_jit
+@partial(jax.jit, static_argnames="compute_dtype")  # and not `eqx.filter_jit`, which waits for what it has dispatched
 def _position_losses(
     params: Transformer, batch: LmBatch, tags: Int[Array, "B K"], table: TokenBytes | None, compute_dtype: ComputeDtype
 ) -> tuple[PositionLosses, Float[Array, "B sums"]]:

@@ -186,24 +186,21 @@ class _StepLog:
         self._checkpointer = checkpointer
         self.skipped = skipped
         """Steps since the run began that were not finite, of those that have been read."""
-        self._pending: tuple[int, StepMetrics, float, float | None] | None = None
+        self._pending: tuple[int, StepMetrics, float] | None = None
         self._last_done = time.perf_counter()
 
     def push(self, step: int, metrics: StepMetrics, loading_time: float) -> None:
         """Takes the metrics of a step just dispatched, and logs those of the one before."""
-        # XLA:CPU may run a step while it is dispatched; then the step is over by now, and not when it is read.
-        ready = metrics.loss.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # missing in jax's own types
-        done = time.perf_counter() if ready else None
         self.flush()
-        self._pending = (step, metrics, loading_time, done)
+        self._pending = (step, metrics, loading_time)
 
     def flush(self) -> None:
         """Waits for the pending metrics, and logs them."""
         if self._pending is None:
             return
-        (step, pending, loading_time, done), self._pending = self._pending, None
+        (step, pending, loading_time), self._pending = self._pending, None
         metrics = jax.device_get(pending)
-        done = time.perf_counter() if done is None else done
+        done = time.perf_counter()
         duration, self._last_done = done - self._last_done, done
         if metrics.nonfinite:
             self._guard(step, metrics)

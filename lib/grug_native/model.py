@@ -260,6 +260,7 @@ class Transformer(eqx.Module):
         if config.scan_layers:
             x, _ = jax.lax.scan(lambda x, block: (apply(block, x), None), x, self.blocks)
         else:
+            apply = jax.jit(apply)  # Traced and lowered once for all layers.
             for block in unstack(self.blocks, config.num_layers):
                 x = apply(block, x)
         return self.final_norm(x, eps=config.layer_norm_eps)

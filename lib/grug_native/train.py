@@ -1,6 +1,7 @@
 """The one compiled function of a run: a training step over plain arrays."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -67,7 +68,7 @@ def train_step(
     Raises:
         jaxtyping.TypeCheckError: if a field of the batch has the wrong shape or dtype.
     """
-    return _train_step((optimizer, batch, config), state)
+    return _train_step(optimizer, state, batch, config)
 
 
 def lower_train_step(
@@ -81,17 +82,14 @@ def lower_train_step(
         batch: likewise.
         config: loss and averaging.
     """
-
-    def train_step(state: GrugTrainState, batch: LmBatch) -> tuple[GrugTrainState, StepMetrics]:
-        return _update((optimizer, batch, config), state)
-
-    return jax.jit(train_step, donate_argnums=0).lower(state, batch)
+    return _train_step.lower(optimizer, state, batch, config)
 
 
-def _update(
-    kept: tuple[GrugOptimizer, LmBatch, GrugStepConfig], state: GrugTrainState
+# Not `eqx.filter_jit`: it waits for what it has dispatched, and the host would have nothing to do beside the device.
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _train_step(
+    optimizer: GrugOptimizer, state: GrugTrainState, batch: LmBatch, config: GrugStepConfig
 ) -> tuple[GrugTrainState, StepMetrics]:
-    optimizer, batch, config = kept
     loss, grads = jax.value_and_grad(
         lambda params: next_token_loss(
             params, batch, z_loss_weight=config.z_loss_weight, compute_dtype=config.compute_dtype
@@ -126,9 +124,6 @@ def _update(
         ema_params=_average(state.ema_params, params, config.ema_beta),
     )
     return next_state, metrics
-
-
-_train_step = eqx.filter_jit(_update, donate="all-except-first")
 
 
 def _digest(tokens: Int[Array, "B S"]) -> UInt32[Array, ""]:

@@ -1,7 +1,6 @@
 """Our compiled step alone, on batches that are on the device. `Turn.calls` is the time from a call to its return.
 
-On a GPU that is the host's part of a step. On a CPU, XLA runs a step with donated arguments while it is dispatched, so
-there it is the whole step.
+That is the host's part of a step; of the first one, the whole of it.
 """
 
 import sys
