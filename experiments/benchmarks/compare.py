@@ -167,7 +167,7 @@ class _Bench:
                     first = worker.read()
                     later = worker.run(2)
                 after = first.finished_at - worker.started_at
-                starts.append(Start(after, first.calls[0] - min(later.steps)))
+                starts.append(Start(after, first.calls[0] - later.step))
                 _say(f"{name}: first step after {after:.1f} s")
 
     def measure_rounds(self, job: Job, rounds: int, steps: int) -> None:

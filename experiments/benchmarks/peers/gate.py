@@ -66,6 +66,8 @@ class Gate:
             value: the loss, or an array that will be read when the turn is over.
             call: seconds, see `Turn.calls`.
         """
+        if not self._steps and self._left > 1:
+            self._settle()  # so that it can be told apart from the rest, and left out
         now = time.perf_counter()
         self._steps.append(now - self._last)
         self._values.append(value)
