@@ -87,7 +87,7 @@ def build_run(
             data=data or local_data("runs/corpora"),
             optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
             trainer=GrugTrainerConfig(num_train_steps=num_train_steps or 340, train_batch_size=16),
-            eval=GrugEvalConfig(max_eval_batches=8),
+            eval=GrugEvalConfig(steps_per_eval=85, max_eval_batches=8),
             output_path=output_path,
         )
     batch, seq_len = 128, 2048
