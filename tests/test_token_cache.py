@@ -137,6 +137,16 @@ def test_shards_and_concatenated_parts_are_verified_one_by_one(tmp_path: Path) -
         verify_caches(cfg)
 
 
+def test_a_damaged_shard_among_many_is_named_every_time(tmp_path: Path) -> None:
+    _write_shards(tmp_path / "train", [[1, 2, 3]] * 8)
+    component = DatasetComponent(cache_dir=str(tmp_path), format=PrebuiltLmDatasetFormat())
+    cfg = LmDataConfig(tokenizer="passthrough", vocab_size=10, cache_dir=None, components={"a": component})
+    (tmp_path / "train" / "part-0" / "input_ids" / "offsets" / "zarr.json").write_bytes(b"")
+    for _ in range(100):
+        with pytest.raises(ValueError, match=r"part-0/input_ids/offsets/zarr\.json"):
+            verify_caches(cfg)
+
+
 def test_a_cache_needs_a_place() -> None:
     cfg = LmDataConfig(components={"x": DatasetComponent()}, cache_dir=None)
     with pytest.raises(ValueError, match=r"component 'x' has no place .* data\.cache_dir"):

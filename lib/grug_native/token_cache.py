@@ -4,11 +4,11 @@ TensorStore answers a read from a shard file that is gone with zeros, and levant
 arrays, so a damaged cache is otherwise a shorter or an emptier dataset, and no error.
 """
 
-import asyncio
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, cast
 
 import numpy as np
@@ -31,6 +31,9 @@ type Split = Literal["train", "validation"]
 _SAMPLES = 64
 _SAMPLE_TOKENS = 16_384
 """A fingerprint reads this many evenly spaced windows of this many tokens: all of a cache of up to a million."""
+
+_READERS = 32
+"""Arrays that are verified at the same time: on a bucket, most of each is waiting."""
 
 _BATCH_FIELDS = (
     "train_weights",
@@ -79,7 +82,7 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                 if path is None or not _should_exist(cfg, cached, path, split):
                     continue
                 try:
-                    blocking_wait(_verify_cache(cfg, cached, path))
+                    _verify_cache(cfg, cached, path)
                 except (OSError, ValueError, KeyError) as error:
                     raise ValueError(
                         f"component {part!r}, {split} split: the token cache {path} is damaged: {error}\n"
@@ -111,7 +114,7 @@ def _should_exist(cfg: LmDataConfig, component: DatasetComponent, path: str, spl
     return split == "train" or source is not None or StoragePath(path).exists()
 
 
-async def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: str) -> None:
+def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: str) -> None:
     ledger = CacheLedger.load(path)
     if not ledger.is_finished:
         raise ValueError(f"{path}/{LEDGER_FILE_NAME} says that the build never finished")
@@ -127,32 +130,33 @@ async def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: st
         }
     else:
         shards = {path: (ledger.total_num_rows, ledger.field_counts)}
-    await asyncio.gather(
-        *(
-            _verify_array(f"{shard}/{field}", rows, size)
-            for shard, (rows, sizes) in shards.items()
-            for field, size in sizes.items()
-        )
-    )
+    arrays = [
+        (f"{shard}/{field}", rows, size) for shard, (rows, sizes) in shards.items() for field, size in sizes.items()
+    ]
+    # Threads and not coroutines: cancelling a TensorStore future, as an event loop does with the reads beside one
+    # that failed, can hang (tensorstore 0.1.84).
+    with ThreadPoolExecutor(_READERS) as readers:
+        list(readers.map(_verify_array, *zip(*arrays, strict=True)))
 
 
-async def _verify_array(path: str, rows: int, size: int) -> None:
+def _verify_array(path: str, rows: int, size: int) -> None:
     """Checks a jagged array: `offsets[0]` counts its rows, and `offsets[rows]` its values."""
-    offsets, data = await asyncio.gather(_open_array(f"{path}/offsets"), _open_array(f"{path}/data"))
-    found_rows, found_size = int(await offsets[0].read()), int(await offsets[rows].read())
+    offsets, data = _open_array(f"{path}/offsets"), _open_array(f"{path}/data")
+    found_rows, found_size = (int(offsets[row].read().result()) for row in (0, rows))
     if (found_rows, found_size) != (rows, size):
         raise ValueError(
             f"{path} holds {found_rows} rows and {found_size} values, and the ledger says {rows} and {size}"
         )
     for array, length in ((offsets, rows + 1), (data, size)):
         [shard] = cast(tuple[int], array.chunk_layout.write_chunk.shape)
-        ends = range(shard, length + shard, shard)
-        await asyncio.gather(*(array[min(end, length) - 1].read() for end in ends))
+        reads = [array[min(end, length) - 1].read() for end in range(shard, length + shard, shard)]
+        for read in reads:
+            read.result()
 
 
-async def _open_array(path: str) -> ts.TensorStore:
+def _open_array(path: str) -> ts.TensorStore:
     spec = {"driver": "zarr3", "kvstore": build_kvstore_spec(path), "fill_missing_data_reads": False}
-    return await ts.open(spec, open=True, read=True)
+    return ts.open(spec, open=True, read=True).result()
 
 
 def data_fingerprint(cfg: LmDataConfig) -> dict[str, str]:
