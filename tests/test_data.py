@@ -255,6 +255,17 @@ def test_a_token_outside_the_vocabulary_is_named(small_corpus: LmDataConfig, tmp
         _take(iter_from_step(loader, 0), 100)
 
 
+def test_a_bad_token_is_named_while_other_reads_are_under_way(small_corpus: LmDataConfig, tmp_path: Path) -> None:
+    root = shutil.copytree(str(small_corpus.cache_dir), tmp_path / "cache")
+    spec = {"driver": "zarr3", "kvstore": f"file://{root}/clubs/train/input_ids/data"}
+    ts.open(spec, open=True).result()[POS.size : 32 * POS.size].write(VOCAB).result()
+    cfg = replace(small_corpus, cache_dir=str(root), train_weights={"clubs": 0.5, "caves": 0.5}, mixture_block_size=8)
+    _, loader = _build(replace(cfg, shuffle=False), 8)
+    for _ in range(100):
+        with pytest.raises(ValueError, match=r"dataset 'clubs', row \d+, position 0: token id 300 is outside"):
+            batch_at(loader, 1)
+
+
 def test_a_model_with_a_smaller_vocabulary_than_the_tokenizer_is_found(small_corpus: LmDataConfig) -> None:
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 40\)"):
         _build(small_corpus, vocab_size=40)

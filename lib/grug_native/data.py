@@ -33,7 +33,7 @@ from levanter.utils.thread_utils import blocking_wait
 from grug_native.faults import fault_point
 from grug_native.mesh import BATCH_AXES
 from grug_native.mixture import check_mixture
-from grug_native.token_cache import cache_parts, token_field, verify_caches
+from grug_native.token_cache import cache_parts, token_field, verify_caches, wait_for
 
 BATCH_AXIS = "__BATCH__"
 """Name of the batch axis in the axis mapping of a loader, as levanter's grug code spells it."""
@@ -212,7 +212,7 @@ def batch_at(loader: DataLoader[GrugLmExample], step: int) -> GrugLmExample:
                 )
             return await dataset.get_batch([first + row for row in rows])
 
-    examples = blocking_wait(fetch())
+    examples = wait_for(fetch())
     sharding = NamedSharding(
         loader.mesh, PartitionSpec(physical_axis_name(loader.batch_axis_name, loader.axis_resources))
     )

@@ -4,12 +4,12 @@ TensorStore answers a read from a shard file that is gone with zeros, and levant
 arrays, so a damaged cache is otherwise a shorter or an emptier dataset, and no error.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, cast
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Literal, cast
 
 import numpy as np
 import tensorstore as ts
@@ -32,9 +32,6 @@ _SAMPLES = 64
 _SAMPLE_TOKENS = 16_384
 """A fingerprint reads this many evenly spaced windows of this many tokens: all of a cache of up to a million."""
 
-_READERS = 32
-"""Arrays that are verified at the same time: on a bucket, most of each is waiting."""
-
 _BATCH_FIELDS = (
     "train_weights",
     "mixture_block_size",
@@ -51,6 +48,23 @@ _BATCH_FIELDS = (
     "shuffle_before_trainval_split",
 )
 """The fields of `LmDataConfig` that change batches without changing a cache."""
+
+
+def wait_for[T](reads: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine that reads caches, and if it fails, waits for the reads that it leaves under way.
+
+    An event loop cancels those as it closes, and to cancel a read of TensorStore (0.1.84) can hang the process: the
+    caller keeps the interpreter's lock while it waits for a callback that needs it.
+    """
+
+    async def run() -> T:
+        try:
+            return await reads
+        finally:
+            if left := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(left)
+
+    return blocking_wait(run())
 
 
 def cache_parts(name: str, component: DatasetComponentBase) -> Iterator[tuple[str, DatasetComponent]]:
@@ -82,7 +96,7 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                 if path is None or not _should_exist(cfg, cached, path, split):
                     continue
                 try:
-                    _verify_cache(cfg, cached, path)
+                    wait_for(_verify_cache(cfg, cached, path))
                 except (OSError, ValueError, KeyError) as error:
                     raise ValueError(
                         f"component {part!r}, {split} split: the token cache {path} is damaged: {error}\n"
@@ -114,7 +128,7 @@ def _should_exist(cfg: LmDataConfig, component: DatasetComponent, path: str, spl
     return split == "train" or source is not None or StoragePath(path).exists()
 
 
-def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: str) -> None:
+async def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: str) -> None:
     ledger = CacheLedger.load(path)
     if not ledger.is_finished:
         raise ValueError(f"{path}/{LEDGER_FILE_NAME} says that the build never finished")
@@ -130,33 +144,32 @@ def _verify_cache(cfg: LmDataConfig, component: DatasetComponent, path: str) -> 
         }
     else:
         shards = {path: (ledger.total_num_rows, ledger.field_counts)}
-    arrays = [
-        (f"{shard}/{field}", rows, size) for shard, (rows, sizes) in shards.items() for field, size in sizes.items()
-    ]
-    # Threads and not coroutines: cancelling a TensorStore future, as an event loop does with the reads beside one
-    # that failed, can hang (tensorstore 0.1.84).
-    with ThreadPoolExecutor(_READERS) as readers:
-        list(readers.map(_verify_array, *zip(*arrays, strict=True)))
+    await asyncio.gather(
+        *(
+            _verify_array(f"{shard}/{field}", rows, size)
+            for shard, (rows, sizes) in shards.items()
+            for field, size in sizes.items()
+        )
+    )
 
 
-def _verify_array(path: str, rows: int, size: int) -> None:
+async def _verify_array(path: str, rows: int, size: int) -> None:
     """Checks a jagged array: `offsets[0]` counts its rows, and `offsets[rows]` its values."""
-    offsets, data = _open_array(f"{path}/offsets"), _open_array(f"{path}/data")
-    found_rows, found_size = (int(offsets[row].read().result()) for row in (0, rows))
+    offsets, data = await asyncio.gather(_open_array(f"{path}/offsets"), _open_array(f"{path}/data"))
+    found_rows, found_size = int(await offsets[0].read()), int(await offsets[rows].read())
     if (found_rows, found_size) != (rows, size):
         raise ValueError(
             f"{path} holds {found_rows} rows and {found_size} values, and the ledger says {rows} and {size}"
         )
     for array, length in ((offsets, rows + 1), (data, size)):
         [shard] = cast(tuple[int], array.chunk_layout.write_chunk.shape)
-        reads = [array[min(end, length) - 1].read() for end in range(shard, length + shard, shard)]
-        for read in reads:
-            read.result()
+        ends = range(shard, length + shard, shard)
+        await asyncio.gather(*(array[min(end, length) - 1].read() for end in ends))
 
 
-def _open_array(path: str) -> ts.TensorStore:
+async def _open_array(path: str) -> ts.TensorStore:
     spec = {"driver": "zarr3", "kvstore": build_kvstore_spec(path), "fill_missing_data_reads": False}
-    return ts.open(spec, open=True, read=True).result()
+    return await ts.open(spec, open=True, read=True)
 
 
 def data_fingerprint(cfg: LmDataConfig) -> dict[str, str]:
@@ -206,7 +219,7 @@ def _component_digest(cache: TreeCache[dict[str, np.ndarray]], field: str) -> st
         return list(await cache.get_flat_field_batch(field, windows.tolist(), min(_SAMPLE_TOKENS, size)))
 
     tokens = hashlib.sha256()
-    for window in blocking_wait(read()):
+    for window in wait_for(read()):
         tokens.update(np.asarray(window, dtype="<i8").tobytes())
     rows = [ledger.shard_rows[shard] for shard in ledger.finished_shards]
     return _json_digest([ledger.total_num_rows, rows, ledger.field_counts, metadata, tokens.hexdigest()])
