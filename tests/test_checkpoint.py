@@ -12,7 +12,6 @@ from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
 from grug_native.checkpoint_metadata import (
     CheckpointError,
     CheckpointMismatchError,
-    DamagedCheckpointError,
     NoUsableCheckpointError,
     read_metadata,
 )
@@ -55,7 +54,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
             IDENTITY.config,
         )
         assert eqx.tree_equal(checkpointer.restore(state_shape(), step=5).state, make_state(5))
-        with pytest.raises(DamagedCheckpointError, match="step-6"):
+        with pytest.raises(ValueError, match=r"no checkpoint of step 6: there are 10, 5"):
             checkpointer.restore(state_shape(), step=6)
     assert names(tmp_path) == ["step-10", "step-5"]
 
@@ -122,11 +121,11 @@ def test_a_failed_save_is_told_at_the_next_boundary(tmp_path: Path, monkeypatch:
     with make_checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1)
         save(checkpointer, 2)
-        with pytest.raises(OSError, match="pre_commit:2"):
+        with pytest.raises(CheckpointError, match="pre_commit:2"):
             save(checkpointer, 3)
         checkpointer.check()
         save(checkpointer, 3)
-        with pytest.raises(OSError, match="pre_commit:3"):
+        with pytest.raises(CheckpointError, match="pre_commit:3"):
             while True:
                 checkpointer.check()
         checkpointer.wait()
@@ -143,7 +142,7 @@ def test_the_first_error_is_the_one_that_is_raised(tmp_path: Path, monkeypatch: 
     with pytest.raises(RuntimeError, match="the step failed") as error, make_checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 2)
         raise RuntimeError("the step failed")
-    assert "the save under way failed as well: OSError" in error.value.__notes__[0]
+    assert "the save under way failed as well: CheckpointError" in error.value.__notes__[0]
     make_checkpointer(tmp_path).close()
 
 
@@ -185,6 +184,15 @@ def test_stepping_back(tmp_path: Path) -> None:
     with make_checkpointer(tmp_path) as checkpointer:
         assert checkpointer.rollback(0) == [7, 5]
         assert checkpointer.restore_latest_or_initialize(fresh, state_shape()).metadata is None
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    with make_checkpointer(tmp_path) as checkpointer:
+        (checkpointer.folder / "step-5").symlink_to(tmp_path)
+        with pytest.raises(CheckpointError, match=r"step-5 is no checkpoint, and in the way: move it elsewhere"):
+            save(checkpointer, 5)
+        save(checkpointer, 6)
+    assert names(tmp_path) == ["step-5", "step-6"]
 
 
 def test_never_from_scratch_when_all_are_damaged(tmp_path: Path) -> None:

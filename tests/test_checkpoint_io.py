@@ -1,7 +1,10 @@
+import os
 import random
 import resource
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from grug_native.checkpoint_io import (
     restore_checkpoint,
 )
 from grug_native.checkpoint_metadata import (
+    CheckpointError,
     CheckpointMismatchError,
     DamagedCheckpointError,
     NoUsableCheckpointError,
@@ -264,6 +268,32 @@ def test_a_damaged_newest_one_is_set_aside_and_the_older_one_taken(
     assert names(folder) == [".corrupt-step-10", ".corrupt-step-3", "step-98", "step-99"]
 
 
+@contextmanager
+def as_nobody() -> Generator[None]:
+    """Root may read everything; others are held back by the mode of a file already."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["grug_checkpoint.json", "params/manifest.ocdbt"])
+def test_what_may_not_be_read_is_not_damaged(name: str) -> None:
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        folder.chmod(0o755)
+        save_step(folder, 3)
+        (folder / "step-3" / name).chmod(0)
+        with as_nobody(), pytest.raises(CheckpointError, match=name.split("/")[0].split(".")[0]) as caught:
+            IO.restore_latest(folder, state_shape())
+        assert type(caught.value) is CheckpointError
+        assert names(folder) == ["step-3"]
+
+
 @pytest.mark.parametrize("lost", ["_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding", "commit_success.txt"])
 def test_what_orbax_alone_would_miss_is_not_needed(lost: str, folder: Path) -> None:
     (folder / "step-3" / lost).unlink()
@@ -282,7 +312,7 @@ def test_a_failed_save_leaves_nothing_behind(
     point: str, fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENV_NAME, f"{fault}@{point}:4")
-    with pytest.raises((InjectedFaultError, OSError, MemoryError), match=f"{fault}@{point}:4"):
+    with pytest.raises((InjectedFaultError, OSError, MemoryError, CheckpointError), match=f"{fault}@{point}:4"):
         save_step(folder, 4)
     assert names(folder) == ["step-3"]
     monkeypatch.delenv(ENV_NAME)
@@ -295,7 +325,7 @@ def test_a_disk_that_takes_no_more_is_reported(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))
     try:
-        with pytest.raises(Exception, match="File too large"):
+        with pytest.raises(CheckpointError, match=r"step-3 could not be written; its disk has .* File too large"):
             save_step(tmp_path, 3, state=state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,3 +1,4 @@
+import argparse
 import math
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from grug_native import checkpoint_commands, checkpoint_report
 from grug_native.checkpoint_metadata import CheckpointError, read_metadata
 from grug_native.checkpoint_report import (
     checkpoints_table,
@@ -54,6 +56,16 @@ def test_listing(folder: Path) -> None:
     assert all(e.disk_bytes > 1000 for e in entries)
     text = text_of(checkpoints_table(entries))
     assert "cannot" in text and "permanent" in text and "abandoned" in text
+
+
+def test_what_a_run_deletes_meanwhile_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (checkpoint_report, checkpoint_commands):
+        monkeypatch.setattr(module, "committed_steps", lambda _: [9, 3])
+    assert [entry.path.name for entry in list_checkpoints(folder)] == ["step-3", ".abandoned-step-2"]
+    assert checkpoint_commands.verify(argparse.Namespace(run=str(folder), step=None)) == 0
+    assert capsys.readouterr().out == "step-9: deleted by its run meanwhile\nstep-3: sound\n"
 
 
 def test_showing(folder: Path) -> None:

@@ -66,6 +66,30 @@ def test_an_evaluation_that_fails_does_not_lose_the_run(
     assert (Path(config.output_path) / "checkpoints" / "step-3").is_dir()
 
 
+def test_a_failed_evaluation_does_not_hide_that_the_run_was_told_to_stop(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRUG_FAULT", "raise@eval:1,term@step:2")
+    config = make_run(trainer={"num_train_steps": 8}, eval=GrugEvalConfig(steps_per_eval=1, max_eval_batches=1))
+    with pytest.raises(SystemExit) as ended:
+        GrugRunner(config).fit()
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_samples_of_what_is_done_anew_are_cut_off(make_run: MakeRun) -> None:
+    config = make_run(
+        trainer={"num_train_steps": 3, "steps_per_checkpoint": 1},
+        eval=GrugEvalConfig(max_eval_batches=1, steps_per_eval=1, sample_prompts=("grug",), sample_tokens=4),
+    )
+    GrugRunner(config).fit()
+    samples = Path(config.output_path) / "samples.md"
+    whole = samples.read_text()
+    assert whole.count("## Step") == 4
+    samples.write_text(whole.replace("## Step 2\n\n```text\n", "## Step 2\n\n```text\nof another run: "))
+    GrugRunner(config).fit(resume_step=2, stop_after=2)
+    assert samples.read_text() == whole[: whole.index("## Step 3")]
+
+
 def test_tasks_that_cannot_run_stop_the_run_before_its_first_step(make_run: MakeRun, tmp_path: Path) -> None:
     broken = pairs_task(tmp_path) | {"unsafe_code": True}
     config = make_run(eval=GrugEvalConfig(max_eval_batches=1, harness=GrugHarnessConfig(tasks=(broken,))))

@@ -144,6 +144,19 @@ def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         plan_of(sketched(tmp_path))
 
 
+def test_temporary_checkpoints_make_room_for_those_to_come(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_run(eval=GrugEvalConfig(max_eval_batches=1), trainer={"keep_last_checkpoints": 2})
+    size = GrugRunner(config).plan().checkpoint_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 3 * size // 2}))
+    with pytest.raises(OSError, match="make room"):
+        GrugRunner(config).plan()
+    for step in (1, 2):
+        folder = Path(config.output_path) / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "something").touch()
+    assert GrugRunner(config).plan().resumes_from == 2
+
+
 def test_a_vocabulary_that_is_too_small_is_found(tmp_path: Path) -> None:
     tokenizer = {
         "model": {"vocab": {f"token{n}": n for n in range(400)}},

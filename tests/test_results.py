@@ -6,7 +6,8 @@ import pytest
 
 from grug_native.job import train_to_results
 from grug_native.metrics import parameter_counts
-from grug_native.results import RESULTS_FILE, print_results, read_results, summarize_run
+from grug_native.results import print_results, read_results, summarize_run
+from grug_native.run_folder import RESULTS_FILE
 from grug_native.runner import GrugRunner
 from grug_native.tracker import read_metrics
 from tests.fixtures_run import SMALL_MODEL, MakeRun
@@ -41,6 +42,10 @@ def test_a_finished_run_is_summed_up_and_then_left_alone(
     assert asdict(train_to_results(config)) == asdict(results)
     assert (folder / RESULTS_FILE).stat().st_mtime_ns == written
     assert "finished before, after 3 steps" in caplog.text
+
+    GrugRunner(config).fit(resume_step=2, stop_after=2)
+    assert not (folder / RESULTS_FILE).exists()
+    assert train_to_results(config).final["train/loss"] == results.final["train/loss"]
 
 
 def test_a_tokenizer_that_is_not_to_be_had_is_refused_with_the_way_out(make_run: MakeRun) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from grug_native.checkpoint import GrugCheckpointer
-from grug_native.checkpoint_metadata import CheckpointError, CheckpointMismatchError
+from grug_native.checkpoint_metadata import CheckpointError, CheckpointMismatchError, read_metadata
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.parts import RunParts
 from grug_native.rotary import GrugRopeConfig
@@ -71,6 +71,19 @@ def test_what_is_not_there_or_not_ours_is_refused(make_run: MakeRun) -> None:
     turned = make_run(eval=FEW, model=replace(SMALL_MODEL, rope=rope))
     with pytest.raises(CheckpointMismatchError, match=r"model\.rope\.theta"):
         load_parameters(parts_of(GrugRunner(turned)))
+
+
+def test_what_is_saved_by_hand_knows_what_came_before(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRUG_FAULT", "nan@step:0")
+    skipping = {"nonfinite": "skip"}
+    GrugRunner(make_run(eval=FEW, trainer=skipping)).fit(stop_after=1)
+    monkeypatch.delenv("GRUG_FAULT")
+    changed = make_run(eval=FEW, trainer=skipping | {"z_loss_weight": 0.5, "allow_changes": ("trainer.z_loss_weight",)})
+    runner = GrugRunner(changed)
+    state, _ = runner.train_step(runner.restore(), runner.batch(1))
+    metadata = read_metadata(runner.save(state))
+    assert (metadata.step, metadata.skipped_steps) == (2, 1)
+    assert metadata.lineage == ("step 1: trainer.z_loss_weight: stored 0.0, wanted 0.5",)
 
 
 def test_saving_an_older_state_or_while_another_writes_is_refused(make_run: MakeRun) -> None:

@@ -4,7 +4,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from contextvars import copy_context
 
 import pytest
@@ -65,11 +66,12 @@ def test_off_the_main_thread_it_does_nothing() -> None:
     assert asked == [False]
 
 
-def test_the_second_signal_ends_the_process_even_while_the_main_thread_is_in_native_code() -> None:
+@contextmanager
+def in_native_code() -> Generator[subprocess.Popen[str]]:
     code = """
 import ctypes
 from grug_native.signals import StopSignal
-with StopSignal():
+with StopSignal() as stop:
     print("ready", flush=True)
     sleep = ctypes.CDLL(None).usleep
     for _ in range(60):
@@ -78,11 +80,28 @@ with StopSignal():
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def test_the_second_signal_ends_the_process_even_while_the_main_thread_is_in_native_code() -> None:
+    with in_native_code() as child:
         child.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(1.2)
         assert child.poll() is None
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_arrives_twice_at_once_is_one() -> None:
+    """As under `uv run`, which passes on to its child what the whole process group has been sent."""
+    with in_native_code() as child:
+        for _ in range(3):
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert child.poll() is None
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])

@@ -180,5 +180,6 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path: Path) -> None:
             tracker.log({"loss": 2.0}, step=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tracker.log({"loss": 3.0}, step=2)
     tracker.close()
-    assert [row["step"] for row in read_metrics(path)] == [0]
+    assert [row["step"] for row in read_metrics(path)] == [0, 2]

@@ -19,7 +19,6 @@ from grug_native.checkpoint_metadata import (
     CheckpointKind,
     CheckpointMetadata,
     CheckpointMismatchError,
-    DamagedCheckpointError,
     RunIdentity,
     check_identity,
     describe,
@@ -32,6 +31,7 @@ from grug_native.run_folder import (
     check_disk,
     committed_steps,
     discard,
+    find_checkpoint,
     fsync,
     quarantined,
     set_aside,
@@ -185,7 +185,7 @@ class GrugCheckpointer:
             NoUsableCheckpointError: There are checkpoints, all damaged.
         """
         self.wait()
-        found = self._io.restore_latest(self._folder, state_shape, accept=self._accept)
+        found = self._io.restore_latest(self._folder, state_shape, accept=self.accept)
         if found is None:
             logger.info("no checkpoint in %s: starting from scratch", self._folder)
             return Restored(init(), None)
@@ -197,11 +197,12 @@ class GrugCheckpointer:
         """Loads the checkpoint of `step`, and changes nothing on disk; `rollback` to it before going on from there.
 
         Raises:
+            ValueError: There is none.
             CheckpointMismatchError: It is of another run, configuration, data or model.
-            DamagedCheckpointError: It is missing, cannot be read, or is not what was saved.
+            DamagedCheckpointError: It cannot be read, or is not what was saved.
         """
         self.wait()
-        return restore_checkpoint(self._folder / step_name(step), state_shape, accept=self._accept)
+        return restore_checkpoint(find_checkpoint(self._folder, step), state_shape, accept=self.accept)
 
     def rollback(self, step: int) -> list[int]:
         """Makes `step` the newest checkpoint: newer ones are renamed `.abandoned-step-N`; returns their steps.
@@ -223,6 +224,14 @@ class GrugCheckpointer:
                 logger.warning("moved to %s", set_aside(path, "abandoned"))
         self._barrier("rollback-done")
         return newer
+
+    def accept(self, metadata: CheckpointMetadata) -> None:
+        """Takes a checkpoint for the one to continue from: its lineage goes on in those that follow.
+
+        Raises:
+            CheckpointMismatchError: It is of another run, configuration or data.
+        """
+        self._lineage = check_identity(metadata, self._identity)
 
     def check(self) -> None:
         """Raises what the save in the background failed with, if it is over and has; never waits."""
@@ -262,9 +271,6 @@ class GrugCheckpointer:
         except Exception as late:  # noqa: BLE001 - the first error is the one to report; this one is told with it
             error.add_note(f"the save under way failed as well: {late!r}")
 
-    def _accept(self, metadata: CheckpointMetadata) -> None:
-        self._lineage = check_identity(metadata, self._identity)
-
     def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int, skipped_steps: int) -> None:
         self.wait()
         self._last_save = self._clock()
@@ -277,6 +283,10 @@ class GrugCheckpointer:
         if newest == step:
             self._keep(path, state, kind)
             return
+        if path.is_symlink() or path.is_file():
+            raise CheckpointError(
+                f"cannot save step {step}: {path} is no checkpoint, and in the way: move it elsewhere"
+            )
         metadata = describe(
             self._identity,
             kind,
@@ -313,7 +323,7 @@ class GrugCheckpointer:
         for path in (self._folder / step_name(s) for s in older):
             try:
                 metadata = read_metadata(path)
-            except (DamagedCheckpointError, CheckpointMismatchError) as error:
+            except (CheckpointError, CheckpointMismatchError) as error:
                 logger.warning("left alone, as it cannot be told whose it is: %s", error)
                 continue
             if metadata.kind == "temporary" and metadata.run_id == self._run_id:

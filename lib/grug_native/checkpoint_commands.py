@@ -14,7 +14,7 @@ from grug_native.checkpoint_report import (
     metadata_table,
     verify_checkpoint,
 )
-from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, find_checkpoint
+from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, find_checkpoint, step_name
 
 _FAILED = 1
 
@@ -37,12 +37,15 @@ def verify(arguments: argparse.Namespace) -> int:
     """Reads checkpoints and compares them with their digests; fails if one is not what was saved."""
     folder = _folder(arguments.run)
     if arguments.step is None:
-        paths = [find_checkpoint(folder, step) for step in committed_steps(folder)] or [find_checkpoint(folder, None)]
+        paths = [folder / step_name(step) for step in committed_steps(folder)] or [find_checkpoint(folder, None)]
     else:
         paths = [find_checkpoint(folder, arguments.step)]
     damaged = 0
     for path in paths:
         problems = verify_checkpoint(path)
+        if problems and not path.exists():
+            print(f"{path.name}: deleted by its run meanwhile")
+            continue
         damaged += bool(problems)
         print(f"{path.name}: {'; '.join(problems) or 'sound'}")
     return _FAILED if damaged else 0

@@ -249,8 +249,12 @@ def _wait_for_write(result: Callable[[], object], path: Path) -> None:
     try:
         result()
     except Exception as error:  # TensorStore raises a ValueError for a full disk, and it is no mistake in a config
-        free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(f"{path} could not be written; its disk has {free} bytes free: {error}") from error
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(path.parent).free
+    return CheckpointError(f"{path} could not be written; its disk has {free} bytes free: {error}")
 
 
 def _clean_up(folder: Path, run_id: str, error: BaseException) -> None:
@@ -261,14 +265,17 @@ def _clean_up(folder: Path, run_id: str, error: BaseException) -> None:
 
 
 def _publish(hidden: Path, path: Path, metadata: CheckpointMetadata) -> None:
-    settle_tree(hidden)
-    problems = verify_files(hidden, metadata)
-    if problems:
-        raise DamagedCheckpointError("the disk does not give back what was written: " + "; ".join(problems))
-    write_metadata(hidden, metadata)
-    fault_point("pre_commit", metadata.step)
-    hidden.rename(path)
-    fsync(path.parent)
+    try:
+        settle_tree(hidden)
+        problems = verify_files(hidden, metadata)
+        if problems:
+            raise DamagedCheckpointError("the disk does not give back what was written: " + "; ".join(problems))
+        write_metadata(hidden, metadata)
+        fault_point("pre_commit", metadata.step)
+        hidden.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise _unwritten(path, error) from error
     fault_point("post_commit", metadata.step)
 
 

@@ -3,6 +3,7 @@
 Only the standard library here: listing and comparing a run's checkpoints opens no device and no array.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 """Raised with every change that an older reader would misread."""
 
 _MAX_FILE_BYTES = 1 << 26
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+"""What the system says of a file that is not what was written; the rest (EACCES, ESTALE, ENOMEM, ...) is about us."""
 _RECORDED_PACKAGES = ("grug-native", "jax", "jaxlib", "orbax-checkpoint", "equinox", "optax", "marin-levanter")
 
 CheckpointKind = Literal["permanent", "temporary"]
@@ -204,6 +207,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
 
     Raises:
         DamagedCheckpointError: It is missing, or not what was written.
+        CheckpointError: It cannot be read here and now, for want of a permission or of memory.
         CheckpointMismatchError: A newer version of this package wrote it.
     """
     path = folder / METADATA_FILE
@@ -213,7 +217,10 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         file = json.loads(path.read_text())
         body, wanted = file["metadata"], file["sha256"]
         found = canonical_hash(body)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except OSError as error:
+        kind = DamagedCheckpointError if error.errno in _DAMAGE else CheckpointError
+        raise kind(f"{path} cannot be read: {error!r}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error!r}") from error
     if found != wanted:
         raise DamagedCheckpointError(f"{path} has SHA-256 {found}, and {wanted} was written")
@@ -261,7 +268,7 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
     if refused:
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"
-            " results; put them back, give another output_path, or resume with"
+            " results; put them back, give another output_path, or, if the state keeps its arrays, resume with"
             f" trainer.allow_changes={[d.name for d in refused]}:",
             refused,
         )

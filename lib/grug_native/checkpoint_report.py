@@ -54,17 +54,25 @@ class CheckpointDiff:
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
-    """Returns the checkpoints in a run's `checkpoints/` folder, newest first, then those set aside as damaged."""
+    """Returns the checkpoints in a run's `checkpoints/` folder, newest first, then those set aside as damaged.
+
+    The run may go on meanwhile: what it deletes on the way is left out.
+    """
     paths = [folder / step_name(step) for step in committed_steps(folder)]
-    return [_entry(path) for path in [*paths, *quarantined(folder), *sorted(folder.glob(".abandoned-*"))]]
+    entries = [_entry(path) for path in [*paths, *quarantined(folder), *sorted(folder.glob(".abandoned-*"))]]
+    return [entry for entry in entries if entry is not None]
 
 
-def _entry(path: Path) -> CheckpointEntry:
-    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+def _entry(path: Path) -> CheckpointEntry | None:
+    """What there is to say of a checkpoint; None if it is no longer there."""
+    try:
+        size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        return None  # What is committed is never written to, so all of it is going.
     try:
         metadata = read_metadata(path)
     except (CheckpointError, CheckpointMismatchError) as error:
-        return CheckpointEntry(path, size, None, str(error))
+        return CheckpointEntry(path, size, None, str(error)) if path.exists() else None
     aside = path.name.removeprefix(".").split("-")[0] if path.name.startswith(".") else None
     return CheckpointEntry(path, size, metadata, aside)
 

@@ -1,6 +1,7 @@
 """Evaluation of a run: in its loop, or by hand of a state or a checkpoint."""
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -91,13 +92,17 @@ def sample_parameters(parts: RunParts, params: Transformer, prompt: str, **setti
 class Evaluations:
     """What the loop does between steps: held-out sets, tasks and samples, when they are due.
 
-    One that fails is no reason to lose the run: it is logged and counted, and the loop fails at its end.
+    One that fails is no reason to lose the run: it is logged and counted, and the loop fails at its end. Of several
+    processes, though, the one in which it fails ends, since the others are in the middle of it and would wait for ever.
     """
 
-    def __init__(self, parts: RunParts, tracker: RunTracker):
-        """Takes the run and where its metrics go; builds nothing."""
+    def __init__(self, parts: RunParts, tracker: RunTracker, *, start_step: int = 0):
+        """Takes the run and where its metrics go; builds nothing. Samples from `start_step` on go, to be redone."""
         self._parts = parts
         self._tracker = tracker
+        samples = local_path(parts.config.output_path) / SAMPLES_FILE
+        if jax.process_index() == 0 and samples.exists():
+            samples.write_text(_samples_before(start_step, samples.read_text()))
         self.failed = 0
         """Evaluations that raised."""
         self.seconds = 0.0
@@ -148,6 +153,8 @@ class Evaluations:
         except StopRequestedError:
             logger.info("%s after %d steps is left to the process that resumes here", what, step)
         except Exception:  # whatever it was, it is not the training
+            if jax.process_count() > 1:
+                raise  # The others wait in a collective for what this one gave up.
             self.failed += 1
             logger.exception("%s after %d steps failed; training goes on", what, step)
 
@@ -170,7 +177,12 @@ class Evaluations:
             for prompt in config.eval.sample_prompts
         ]
         path, heading = local_path(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"
-        if jax.process_index() != 0 or (path.exists() and heading in path.read_text()):
+        if jax.process_index() != 0:
             return
         with path.open("a") as file:
             file.write(heading + "".join(f"\n```text\n{text}\n```\n" for text in texts) + "\n")
+
+
+def _samples_before(step: int, text: str) -> str:
+    first, *later = re.split(r"^(?=## Step \d+$)", text, flags=re.MULTILINE)
+    return first + "".join(section for section in later if int(section.split(maxsplit=3)[2]) < step)

@@ -16,11 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from grug_native.checkpoint_metadata import CheckpointMetadata, DamagedCheckpointError, LeafRecord, read_metadata
+from grug_native.checkpoint_metadata import (
+    CheckpointError,
+    CheckpointMetadata,
+    DamagedCheckpointError,
+    LeafRecord,
+    read_metadata,
+)
 
 _CHUNK = 1 << 16
 _WEIGHTS = ((np.uint32(0x9E3779B1), np.uint32(15)), (np.uint32(0x85EBCA77), np.uint32(13)))
 _ONE, _FOLD = np.uint32(1), np.uint32(15)
+
+_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""What TensorStore says when the trouble is here and now, and not in the files."""
 
 ITEMS = ("params", "ema_params")
 """Parts of the state that are stored each in an item of its own, so that they can be loaded alone."""
@@ -78,6 +87,7 @@ class CheckpointReader:
 
         Raises:
             DamagedCheckpointError: It cannot be opened, or is not of the recorded shape and type.
+            CheckpointError: It cannot be opened here and now, for want of a permission or of memory.
         """
         import tensorstore
 
@@ -87,7 +97,7 @@ class CheckpointReader:
         try:
             opened = tensorstore.open(spec, open=True, read=True, context=self._context).result()
         except Exception as error:  # tensorstore raises bare ValueError and Exception for every kind of bad file
-            raise DamagedCheckpointError(f"{self._path}: {leaf} cannot be opened: {error}") from error
+            raise _unreadable(f"{self._path}: {leaf} cannot be opened", error) from error
         array = StoredArray(self._path, leaf, opened)
         if (array.shape, array.dtype.name) != (record.shape, record.dtype):
             raise DamagedCheckpointError(
@@ -117,11 +127,17 @@ class StoredArray:
 
         Raises:
             DamagedCheckpointError: The data cannot be read.
+            CheckpointError: They cannot be read here and now, for want of a permission or of memory.
         """
         try:
             return np.asarray(self._store[index or ()].read().result())
         except Exception as error:  # as above
-            raise DamagedCheckpointError(f"{self._path}: {self._leaf} cannot be read: {error}") from error
+            raise _unreadable(f"{self._path}: {self._leaf} cannot be read", error) from error
+
+
+def _unreadable(what: str, error: Exception) -> CheckpointError:
+    elsewhere = isinstance(error, MemoryError) or any(code in str(error) for code in _NOT_DAMAGE)
+    return (CheckpointError if elsewhere else DamagedCheckpointError)(f"{what}: {error}")
 
 
 def read_leaves(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:

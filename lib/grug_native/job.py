@@ -18,8 +18,8 @@ from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
 from grug_native.process import prepare_process
 from grug_native.progress import configure_logging
-from grug_native.results import RESULTS_FILE, RunResults, read_results, summarize_run, write_results
-from grug_native.run_folder import local_path
+from grug_native.results import RunResults, read_results, summarize_run, write_results
+from grug_native.run_folder import RESULTS_FILE, local_path
 from grug_native.runner import GrugRunner
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from grug_native.checkpoint import GrugCheckpointer
+from grug_native.checkpoint_io import Restored
 from grug_native.checkpoint_metadata import CheckpointMetadata, CheckpointMismatchError
 from grug_native.config import GrugTrainerConfig, config_to_dict, save_config
 from grug_native.data import iter_from_step, mixture_metrics
@@ -32,7 +33,7 @@ from grug_native.metrics import peak_memory
 from grug_native.parts import RunParts
 from grug_native.plan import build_plan
 from grug_native.progress import ProgressLine, StartUp, messages_shown
-from grug_native.run_folder import CONFIG_FILE, committed_steps, local_path, step_name
+from grug_native.run_folder import CONFIG_FILE, RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.saving import open_checkpointer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
@@ -68,9 +69,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         stack.enter_context(jax.set_mesh(parts.mesh))
         checkpointer = stack.enter_context(open_checkpointer(parts))
         checkpointer.preflight(parts.state_shape)
-        if resume_step is not None:
-            checkpointer.rollback(resume_step)
-        restored = checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)
+        restored = _restore(checkpointer, parts, resume_step)
         state, start = restored.state, 0 if restored.metadata is None else restored.metadata.step
         assert int(state.step) == start
         if restored.metadata is not None:
@@ -84,7 +83,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         stack.callback(progress.close)
         skipped = 0 if restored.metadata is None else restored.metadata.skipped_steps
         log = _StepLog(parts, tracker, progress, checkpointer, skipped=skipped)
-        evaluations = Evaluations(parts, tracker)
+        evaluations = Evaluations(parts, tracker, start_step=start)
         evaluations.check(state)
         batches = iter_from_step(loader, start, interrupted=lambda: stop.exit_code is not None)
         stack.callback(batches.close)
@@ -137,11 +136,25 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
                 gc.freeze()
                 stack.callback(gc.unfreeze)
             step += 1
-    if evaluations.failed:
+    if stop.exit_code is not None:
+        if not hasattr(sys, "ps1"):
+            raise SystemExit(stop.exit_code)
+    elif evaluations.failed:
         raise EvaluationError(f"the steps are done, but {evaluations.failed} evaluation(s) failed; the log has each")
-    if stop.exit_code is not None and not hasattr(sys, "ps1"):
-        raise SystemExit(stop.exit_code)
     return state
+
+
+def _restore(checkpointer: GrugCheckpointer, parts: RunParts, resume_step: int | None) -> Restored[GrugTrainState]:
+    """Loads the state to go on from. Newer ones are put away once it is known to be sound."""
+    chosen = checkpointer.restore(parts.state_shape, step=resume_step) if resume_step else None
+    if resume_step is not None:
+        if jax.process_index() == 0:
+            (checkpointer.folder.parent / RESULTS_FILE).unlink(missing_ok=True)
+        checkpointer.rollback(resume_step)
+    if chosen is not None:
+        logger.info("resuming from %s", checkpointer.folder / step_name(resume_step or 0))
+        return chosen
+    return checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)
 
 
 def _save(

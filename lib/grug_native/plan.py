@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
     folder = local_path(config.output_path)
     saved = committed_steps(folder / "checkpoints")
     checkpoint_bytes = state_bytes(state)
-    needed = _disk_needed(parts, checkpoint_bytes, after=saved[0] if saved else 0)
+    needed = _disk_needed(parts, checkpoint_bytes, saved)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < needed:
         raise OSError(
@@ -154,13 +154,14 @@ def _check_eval_batch(parts: RunParts) -> None:
         )
 
 
-def _disk_needed(parts: RunParts, checkpoint_bytes: int, *, after: int) -> int:
+def _disk_needed(parts: RunParts, checkpoint_bytes: int, saved: Sequence[int]) -> int:
     trainer = parts.config.trainer
     every, last = trainer.steps_per_checkpoint, trainer.num_train_steps
     permanent = {last} if every is None else {last, *range(every, last, every)}
-    to_come = sum(step > after for step in permanent)
-    spare = trainer.keep_last_checkpoints + _DISK_MARGIN if to_come else 0
-    return int((to_come + spare) * checkpoint_bytes)
+    to_come = sum(step > max(saved, default=0) for step in permanent)
+    temporary = sum(step not in permanent for step in saved)  # They go as newer ones come.
+    spare = max(trainer.keep_last_checkpoints - temporary, 0) + _DISK_MARGIN
+    return int((to_come + spare) * checkpoint_bytes) if to_come else 0
 
 
 def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:

@@ -14,15 +14,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from grug_native.checkpoint import CHECKPOINTS_FOLDER
 from grug_native.checkpoint_metadata import read_metadata
 from grug_native.config import GrugNativeRunConfig
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.run_folder import committed_steps, local_path, step_name
+from grug_native.run_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.tracker import METRICS_FILE, MetricRow, read_metrics
-
-RESULTS_FILE = "speedrun_results.json"
-"""Name of the results in the folder of a run."""
 
 _HELD_OUT = tuple(f"{macro}{name}" for macro in ("", "macro_") for name in ("loss", "bpb", "bpb_exact"))
 

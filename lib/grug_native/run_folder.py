@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,9 @@ from grug_native.faults import fault_point
 
 CONFIG_FILE = "config.yaml"
 """Name of the resolved config in the folder of a run."""
+
+RESULTS_FILE = "speedrun_results.json"
+"""Name of a finished run's results in its folder."""
 
 CHECKPOINTS_FOLDER = "checkpoints"
 """Where in a run's folder its checkpoints are."""
@@ -92,12 +96,18 @@ def _is_real_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def _holds_something(path: Path) -> bool:
+    with suppress(FileNotFoundError):  # deleted since it was listed, by the run that owns it
+        return _is_real_folder(path) and any(path.iterdir())
+    return False
+
+
 def committed_steps(folder: Path) -> list[int]:
     """Returns the steps of the `step-N` folders in `folder`, newest first; links, files and empty folders are none."""
     if not folder.is_dir():
         return []
     found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return sorted((int(m[1]) for m, path in found if _is_real_folder(path) and any(path.iterdir())), reverse=True)
+    return sorted((int(match[1]) for match, path in found if _holds_something(path)), reverse=True)
 
 
 def find_checkpoint(folder: Path, step: int | None) -> Path:

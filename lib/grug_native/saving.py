@@ -63,13 +63,16 @@ def save_state(parts: RunParts, state: GrugTrainState) -> Path:
         CheckpointMismatchError: the checkpoints in the folder are of another run, configuration or data.
         CheckpointError: the run has newer checkpoints, or the state is not finite.
     """
-    step = int(state.step)
-    identity, folder = run_identity(parts), checkpoints_folder(parts)
-    for newest in committed_steps(folder)[:1]:
-        check_identity(read_metadata(folder / step_name(newest)), identity)
+    step, skipped_steps = int(state.step), 0
     with jax.set_mesh(parts.mesh), open_checkpointer(parts) as checkpointer:
-        checkpointer.save_step_checkpoint(state, step=step, data_offset=parts.config.trainer.sequences_before(step))
-    return folder / step_name(step)
+        path = checkpointer.folder / step_name(step)
+        for newest in committed_steps(checkpointer.folder)[:1]:
+            metadata = read_metadata(checkpointer.folder / step_name(newest))
+            checkpointer.accept(metadata)
+            skipped_steps = metadata.skipped_steps
+        data_offset = parts.config.trainer.sequences_before(step)
+        checkpointer.save_step_checkpoint(state, step=step, data_offset=data_offset, skipped_steps=skipped_steps)
+    return path
 
 
 def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:

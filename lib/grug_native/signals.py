@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from contextvars import ContextVar, Token
 from enum import IntEnum
 from types import FrameType, TracebackType
@@ -50,13 +51,15 @@ def leave_if_told_to_stop() -> None:
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGINT is remembered, and the second ends the process at once.
+    """While entered, the first SIGTERM or SIGINT is remembered, and another, a second later or more, ends the process.
 
+    What comes sooner is the first one again: `uv run` and others pass on a signal that the whole group has had already.
     A thread watches for signals through a file descriptor that the C-level handler writes to, so a second signal works
     also while the main thread compiles or waits for a device.
 
     With `jax.distributed` and its preemption service, SIGTERM stays JAX's, which makes all processes stop at the same
-    step (a handler of ours would disable that); SIGINT is passed on to it as SIGTERM.
+    step (a handler of ours would disable that); SIGINT is passed on to it as SIGTERM, and only a second SIGINT ends the
+    process at once.
 
     Only the main thread may handle signals. Entered from a thread that runs in a copy of the main thread's context, as
     Marin's steps do, it passes on what the main thread's own is told; from any other, it never asks to stop.
@@ -115,17 +118,24 @@ class StopSignal:
         return self.exit_code is not None
 
     def _watch(self, watched: socket.socket, handled: frozenset[signal.Signals]) -> None:
+        first = 0.0
         with watched:
             while numbers := watched.recv(1):
                 if numbers[0] not in handled:
                     continue
                 if self._signal is not None:
-                    os._exit(128 + numbers[0])
+                    if time.monotonic() - first >= _SECONDS_APART:
+                        os._exit(128 + numbers[0])
+                    continue
+                first = time.monotonic()
                 self._signal = signal.Signals(numbers[0])
                 logger.warning("%s: saving at the next step; another one ends this at once", self._signal.name)
                 if self._synced:
                     os.kill(os.getpid(), signal.SIGTERM)
 
+
+_SECONDS_APART = 1.0
+"""Signals that come closer are one."""
 
 _questions = itertools.count()
 """Never begun anew: JAX agrees on the number of the question at which all processes are told."""

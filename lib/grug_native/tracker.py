@@ -98,11 +98,12 @@ class JsonlTracker:
             )
         encoded = {name: _spelled(value) for name, value in row.items()}
         line = json.dumps({"step": step, **encoded}, allow_nan=False, ensure_ascii=False) + "\n"
-        rest = memoryview(line.encode())
+        rest, end = memoryview(line.encode()), os.fstat(self._file.fileno()).st_size
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
+            os.truncate(self._path, end)  # The next line must not go on where this one broke off.
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._last_keys = frozenset(row) if step > self._last_step else self._last_keys | row.keys()
         self._last_step = step

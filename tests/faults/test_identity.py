@@ -135,7 +135,14 @@ def test_f18_another_number_of_devices(half: Run, whole: Run) -> None:
 
 def test_f33_stepping_back(server: ForkServer, whole: Run, tmp_path: Path) -> None:
     run = server.copy(whole, tmp_path / "run")
-    run.fit(resume_step=3).expect(2, "step=3 has no checkpoint", "[8, 6, 4, 2]")
+    run.fit(resume_step=3).expect(2, "no checkpoint of step 3: there are 8, 6, 4, 2")
+    changed = server.copy(run, tmp_path / "changed").edit({"trainer.seed": 5})
+    changed.fit(resume_step=4).expect(2, "trainer.seed: stored 0, wanted 5")
+    assert changed.names() == whole.names()
+    damaged = server.copy(run, tmp_path / "damaged")
+    (damaged.step(4) / "grug_checkpoint.json").unlink()
+    damaged.fit(resume_step=4).expect(1, "grug_checkpoint.json cannot be read")
+    assert damaged.names() == whole.names()
     run.fit(resume_step=4, stop_after=5).expect(0, f"resuming from {run.step(4)}")
     assert run.names() == [".abandoned-step-6", ".abandoned-step-8", "step-2", "step-4", "step-5"]
     assert [row[0] for row in run.record()] == [0, 1, 2, 3, 4]

@@ -125,6 +125,15 @@ def test_f22_one_of_two_fails_while_the_other_trains_or_saves(fault: str, pair: 
     pair.expect_equal(both)
 
 
+def test_f22_an_evaluation_fails_on_one_of_two(server: ForkServer, tmp_path: Path) -> None:
+    run = server.run(tmp_path / "run", base="eval")
+    for process in start_both(run, "raise@eval:4:1"):
+        assert process.wait(100).code != 0
+    fit_both(run)
+    rows = read_metrics(run.folder / METRICS_FILE)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4, 6, 8]
+
+
 def test_f22_one_of_two_does_not_see_the_disk(server: ForkServer, pair: Run, both: Run, tmp_path: Path) -> None:
     """It may be a mount that failed: no reason to set sound checkpoints aside."""
     shared = server.copy(both, tmp_path / "shared")
