@@ -9,9 +9,9 @@ from jaxtyping import TypeCheckError
 from levanter.data.text.examples import GrugLmExample
 
 from grug_native import loss as loss_module
-from grug_native.loss import choose_cross_entropy, next_token_loss, per_token_loss
-from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
-from grug_native.model import Transformer
+from grug_native.loss import ComputeDtype, choose_cross_entropy, next_token_loss, per_token_loss
+from grug_native.mesh import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
+from grug_native.model import Transformer, shard_parameters
 from tests.fixtures_run import SMALL_MODEL, make_batch
 
 
@@ -72,7 +72,26 @@ def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> 
         loss, gradient = eqx.filter_jit(loss_and_gradient)(model)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient.lm_head, expected_gradient.lm_head, atol=1e-6)
+    np.testing.assert_allclose(gradient.embed, expected_gradient.embed, atol=1e-6)
     np.testing.assert_allclose(gradient.blocks.attn.wq, expected_gradient.blocks.attn.wq, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_in_bf16_the_gradient_of_a_common_token_adds_up(devices: int) -> None:
+    """It is a sum over tens of thousands of positions, which bf16's eight bits would not take in."""
+    model = Transformer.init(replace(SMALL_MODEL, num_layers=1), key=jax.random.key(0))
+    tokens = jax.random.geometric(jax.random.key(1), 0.3, (1024, 32), jnp.int32) % model.config.vocab_size
+    batch = GrugLmExample(tokens, jnp.ones(tokens.shape, jnp.float32), make_batch().attn_mask)
+    mesh = create_mesh(1024, MeshAxes(), devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        model, placed = shard_parameters(model), jax.device_put(batch, batch_sharding(mesh))
+
+        @eqx.filter_jit
+        def gradient(model: Transformer, dtype: ComputeDtype) -> jax.Array:
+            return jax.grad(lambda m: next_token_loss(m, placed, compute_dtype=dtype))(model).embed
+
+        exact, rounded = (np.asarray(gradient(model, dtype)) for dtype in ("float32", "bfloat16"))
+    assert np.linalg.norm(exact - rounded) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("name", ["full", "blockwise"])

@@ -249,8 +249,10 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}"
             )
-        table = gather(self.embed, None, None)
-        x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None))
+        # Gathered in the compute dtype and read in f32, so that the gradient's scatter adds in f32: in bf16 the sum over
+        # the thousands of places of a common token stalls.
+        table = gather(self.embed, None, None).astype(jnp.float32)
+        x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None)).astype(self.embed.dtype)
         rope = rotary_tables(config.rope, config.features_per_head, tokens.shape[1])
 
         def apply(block: Block, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
