@@ -234,6 +234,11 @@ def _direct(dataset: AsyncDataset[GrugLmExample], **changes: Any) -> LmDataConfi
     return LmDataConfig(components=components, shuffle=False, mixture_block_size=4, **changes)
 
 
+def test_a_state_knows_its_next_batch(small_corpus: LmDataConfig) -> None:
+    _, loader = _build(small_corpus)
+    assert _bytes(batch_at(loader, jax.numpy.asarray(3, np.int32))) == _bytes(batch_at(loader, 3))
+
+
 def test_data_that_end_are_an_error_at_the_step(small_corpus: LmDataConfig) -> None:
     _, loader = _build(_direct(ListAsyncDataset(_examples(10)), stop_strategy="first_exhausted"))
     batches = iter_from_step(loader, 0)

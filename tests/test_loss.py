@@ -76,6 +76,23 @@ def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> 
     np.testing.assert_allclose(gradient.blocks.attn.wq, expected_gradient.blocks.attn.wq, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["full", "blockwise"])
+def test_devices_along_the_model_axis_share_out_the_logits(name: str) -> None:
+    batch, config = make_batch(), replace(SMALL_MODEL, num_layers=1, cross_entropy=name)
+
+    def flops(axes: MeshAxes) -> float:
+        mesh = create_mesh(4, axes)
+        with jax.set_mesh(mesh):
+            model = Transformer.init(config, key=jax.random.key(0))
+            placed = jax.device_put(batch, batch_sharding(mesh))
+            loss = jax.jit(jax.grad(lambda m, b: next_token_loss(m, b)))
+            cost = loss.lower(model, placed).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    assert flops(MeshAxes(data=2, model=2)) < 1.3 * flops(MeshAxes(data=4))
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_in_bf16_the_gradient_of_a_common_token_adds_up(devices: int) -> None:
     """It is a sum over tens of thousands of positions, which bf16's eight bits would not take in."""

@@ -106,6 +106,14 @@ def test_a_mesh_changes_nothing_but_the_layout(axes: MeshAxes) -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
+def test_outside_of_its_mesh_the_model_says_so() -> None:
+    batch = make_batch()
+    with jax.set_mesh(create_mesh(4)):
+        model = Transformer.init(SMALL_MODEL, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"with jax\.set_mesh\(runner\.mesh\)"):
+        model(batch.tokens, batch.attn_mask)
+
+
 def test_presets_have_the_speedruns_sizes() -> None:
     sizes = {
         name: (c.hidden_dim, c.intermediate_dim, c.num_layers, c.num_heads, c.max_seq_len, c.vocab_size)

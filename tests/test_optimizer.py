@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.metrics import abstract_parameters
 from grug_native.model import Transformer
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig, OptimizerName, decay_mask, orthogonalize
+from grug_native.optimizer import (
+    GrugOptimizer,
+    GrugOptimizerConfig,
+    OptimizerName,
+    decay_mask,
+    orthogonalize,
+    scale_by_muon,
+)
 from tests.fixtures_run import SMALL_MODEL, without_runtime_types
 
 PARAMS = abstract_parameters(SMALL_MODEL)
@@ -102,6 +109,21 @@ def test_muon_does_not_depend_on_the_mesh(axes: MeshAxes | None) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_muon_deals_out_its_layers_even_where_they_do_not_divide() -> None:
+    transform = scale_by_muon(0.95, 5)
+
+    def flops(layers: int, devices: int) -> float:
+        with jax.set_mesh(create_mesh(devices, MeshAxes(), devices=jax.devices()[:devices])):
+            grads = jnp.ones((layers, 64, 64), out_sharding=jax.P(None, "data", None))
+            cost = jax.jit(transform.update).lower(grads, transform.init(grads)).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    one_layer = flops(1, 1)
+    assert flops(3, 4) < 1.3 * one_layer
+    assert flops(5, 4) < 2.3 * one_layer
+
+
 def test_a_muon_update_is_as_large_as_an_adamw_update() -> None:
     optimizer = GrugOptimizer(GrugOptimizerConfig(kind="muon", learning_rate=1.0, warmup=0, weight_decay=0.0), 10)
     params = drawn()
@@ -138,6 +160,7 @@ def test_a_schedule_longer_than_the_run_is_refused() -> None:
         ({"kind": "adam"}, ["kind='adam'", "adamw, muon, lion, levanter"]),
         ({"schedule": "cosin"}, ["schedule='cosin'", "cosine"]),
         ({"learning_rate": 0.0}, ["learning_rate=0.0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate=nan"]),
         ({"weight_decay": -0.1}, ["weight_decay=-0.1"]),
         ({"beta1": 1.0}, ["beta1=1.0", "[0, 1)"]),
         ({"max_grad_norm": 0.0}, ["max_grad_norm=0.0", "null"]),

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,12 @@ def test_products_depend_on_the_distance_alone(distance: int, shift: int, seed: 
     here, there = turned_q[distance] @ turned_k[0], turned_q[distance + shift] @ turned_k[shift]
     np.testing.assert_allclose(here, there, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(turned_q, axis=1), np.linalg.norm(q), rtol=1e-5)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan")])
+def test_a_base_that_is_no_base_is_refused(theta: float) -> None:
+    with pytest.raises(ValueError, match=r"model\.rope\.theta=.* must be positive"):
+        GrugRopeConfig(theta=theta)
 
 
 def test_llama3_scaling_stretches_long_waves_only() -> None:

@@ -91,6 +91,16 @@ def test_a_damaged_cache_is_named(corpus_copy: LmDataConfig, name: str) -> None:
     verify_caches(replace(corpus_copy, train_weights={"caves": 1.0}), splits=("validation",))
 
 
+def test_the_way_out_of_a_damaged_cache_is_one(corpus_copy: LmDataConfig, text_folder: Path) -> None:
+    corpus = _cache(corpus_copy).parents[2]
+    shutil.rmtree(_cache(corpus_copy))
+    with pytest.raises(ValueError, match=rf"Delete the folder of its corpus, {corpus}, to have"):
+        verify_caches(corpus_copy)
+    (corpus / "corpus.json").unlink()
+    with pytest.raises(ValueError, match=r"set data\.auto_build_caches=true"):
+        verify_caches(corpus_copy)
+
+
 def test_a_cache_that_levanter_will_build_is_passed_over(corpus_copy: LmDataConfig) -> None:
     shutil.rmtree(_cache(corpus_copy))
     with pytest.raises(ValueError, match=r"shard_ledger\.json"):

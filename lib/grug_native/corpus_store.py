@@ -30,7 +30,9 @@ EOS = "<|endoftext|>"
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
-_RECORD = "corpus.json"
+RECORD_FILE = "corpus.json"
+"""Written last into the folder of a corpus; without it, there is none."""
+
 _LAYOUT = 1
 """Part of a corpus' digest. Raise it when what is made of the same inputs changes."""
 _TOKENIZER_CHARACTERS = 64 * 2**20
@@ -61,7 +63,7 @@ def text_file(root: Path, domain: str, split: Split) -> Path:
 
 def read_counts(root: Path) -> Counts:
     """Returns what a corpus holds."""
-    return json.loads((root / _RECORD).read_text())
+    return json.loads((root / RECORD_FILE).read_text())
 
 
 def materialize(
@@ -88,7 +90,7 @@ def materialize(
     key = hashlib.sha256(json.dumps([_LAYOUT, identity, inputs], sort_keys=True).encode()).hexdigest()[:16]
     corpora = Path(cache_dir).resolve()
     root = corpora / key
-    if (root / _RECORD).is_file():
+    if (root / RECORD_FILE).is_file():
         return root
     logger.info("making a corpus of %s, once: texts, tokenizer, token caches", ", ".join(domains))
     start = time.monotonic()
@@ -99,12 +101,12 @@ def materialize(
         if tokenizer is None:
             _train_tokenizer(made, vocab_size, domains)
         _write_caches(made, counts, str(tokenizer or made / "tokenizer"), str(tokenizer or root / "tokenizer"))
-        (made / _RECORD).write_text(json.dumps(counts, indent=1))
+        (made / RECORD_FILE).write_text(json.dumps(counts, indent=1))
         try:
             made.rename(root)
         except OSError:
             # Another process has made the same corpus meanwhile.
-            if not (root / _RECORD).is_file():
+            if not (root / RECORD_FILE).is_file():
                 raise
     _making.append(time.monotonic() - start)
     logger.info("made the corpus %s in %.1f s", root, _making[-1])

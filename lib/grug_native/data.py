@@ -6,13 +6,14 @@ Importing this module imports levanter's data stack, which takes seconds; nothin
 
 import dataclasses
 import logging
+import operator
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from itertools import count
 from queue import SimpleQueue
 from threading import Thread
-from typing import override
+from typing import SupportsIndex, override
 
 import jax
 import numpy as np
@@ -186,8 +187,8 @@ def build_train_loader(
     )
 
 
-def batch_at(loader: DataLoader[GrugLmExample], step: int) -> GrugLmExample:
-    """Fetches the global batch of a training step and lays it out on the loader's mesh.
+def batch_at(loader: DataLoader[GrugLmExample], step: SupportsIndex) -> GrugLmExample:
+    """Fetches the global batch of a training step, such as a state's `step`, and lays it out on the loader's mesh.
 
     Every leaf has a leading batch axis. Each process reads only the sequences that its own devices need.
 
@@ -195,6 +196,7 @@ def batch_at(loader: DataLoader[GrugLmExample], step: int) -> GrugLmExample:
         ValueError: if the step is negative, or the data end before it does (only with a `stop_strategy` other than
             "restart").
     """
+    step = operator.index(step)
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
     size = loader.scheduler.batch_size_at_step(step)

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from beartype import beartype
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, gather
@@ -114,10 +114,10 @@ def next_token_loss(
             head: Float[Array, "D V"],
             labels: Int[Array, "B S"],
             weight: Float[Array, "B S"],
-        ) -> Float[Array, " shards"]:
+        ) -> Float[Array, "1 1"]:
             blocks = _flatten(hidden, labels, weight)
             total: Array = _blockwise_total(z_loss_weight, *blocks, head)
-            return total[None]
+            return total[None, None]
 
         total = jnp.sum(_per_shard(local, hidden, model.lm_head, labels, weight))
     weights = jnp.sum(weight)
@@ -218,8 +218,10 @@ _blockwise_total.defvjp(_blockwise_forward, _blockwise_backward)
 
 def _varying_like(x: Array, like: Array) -> Array:
     """Marks `x` as differing between the shards of a `shard_map` if `like` does; the transpose sums over them."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+    # One by one, as `pcast` wants axes of one state: a gathered weight is reduced over some, and the same along others.
+    for axis in sorted(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying):
+        x = jax.lax.pcast(x, axis, to="varying")
+    return x
 
 
 def _flatten(
@@ -242,15 +244,20 @@ def _flatten(
 def _per_shard(
     function: Callable[..., Array], hidden: Float[Array, "B S D"], head: Float[Array, "D V"], *per_token: Array
 ) -> Array:
-    """Runs `function(hidden, head, *per_token)` on each device's tokens with the whole head; joins the results."""
+    """Runs `function(hidden, head, *per_token)` on each device's tokens with the whole head; joins the results.
+
+    Devices along `model` share out the positions, as they have the same sequences, unless these do not divide.
+    """
     if not explicit_mesh():
         return function(hidden, head, *per_token)
-    batch = PartitionSpec(BATCH_AXES)
+    positions = "model" if hidden.shape[1] % get_abstract_mesh().shape["model"] == 0 else None
     whole = gather(head, None, None)
 
     def local(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], *per_token: Array) -> Array:
         return function(hidden, _varying_like(head, hidden), *per_token)
 
-    in_specs = (batch, jax.typeof(whole).sharding.spec, *(batch for _ in per_token))
-    placed = (constrain(x, BATCH_AXES, *(None for _ in x.shape[1:])) for x in per_token)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=batch)(hidden, whole, *placed)
+    mine = PartitionSpec(BATCH_AXES, positions)
+    in_specs = (mine, jax.typeof(whole).sharding.spec, *(mine for _ in per_token))
+    placed = (constrain(x, BATCH_AXES, positions, *(None for _ in x.shape[2:])) for x in (hidden, *per_token))
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=mine)
+    return mapped(next(placed), whole, *placed)

@@ -128,10 +128,17 @@ def gather(weight: Array, *spec: str | None) -> Array:
     every device, twice the bytes, and all but a slice of it dropped. The result is `reduced` over the batch axes, the
     type whose cotangent JAX leaves as each device's part of the sum.
 
+    Raises:
+        ValueError: if the weight lies on a mesh, and that is not the ambient one.
+
     References:
         Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), stage 3.
     """
     if not explicit_mesh():
+        if AxisType.Explicit in jax.typeof(weight).sharding.mesh.axis_types:
+            raise ValueError(
+                "the parameters lie on a mesh, and none is set: use them under `with jax.set_mesh(runner.mesh):`"
+            )
         return weight
     home = jax.typeof(weight).sharding.spec
     if "data" not in home or get_abstract_mesh().shape["data"] == 1:

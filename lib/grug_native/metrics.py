@@ -68,8 +68,8 @@ def peak_memory() -> int:
 class Throughput:
     """Turns the time of a step into levanter's `throughput/*` metrics."""
 
-    config: GrugModelConfig
-    """The model."""
+    flops: FlopsPerToken
+    """Of the model, at this length of sequence."""
     seq_len: int
     """Tokens of a sequence."""
     peak_flops: float | None
@@ -86,7 +86,6 @@ class Throughput:
             duration: seconds from the end of the step before to the end of this one.
             loading_time: seconds the loop waited for this step's batch.
         """
-        flops = flops_per_token(self.config, self.seq_len)
         tokens_per_second = sequences * self.seq_len / duration
         total_tokens = total_sequences * self.seq_len
         metrics = {
@@ -94,13 +93,13 @@ class Throughput:
             "throughput/loading_time": loading_time,
             "throughput/examples_per_second": sequences / duration,
             "throughput/tokens_per_second": tokens_per_second,
-            "throughput/gflops_per_second": tokens_per_second * flops.full / 1e9,
+            "throughput/gflops_per_second": tokens_per_second * self.flops.full / 1e9,
             "throughput/total_tokens": total_tokens,
-            "throughput/total_gflops": total_tokens * flops.full / 1e9,
+            "throughput/total_gflops": total_tokens * self.flops.full / 1e9,
         }
         if self.peak_flops is not None:
-            metrics["throughput/mfu"] = 100 * tokens_per_second * flops.full / self.peak_flops
-            metrics["throughput/mfu_causal"] = 100 * tokens_per_second * flops.causal / self.peak_flops
+            metrics["throughput/mfu"] = 100 * tokens_per_second * self.flops.full / self.peak_flops
+            metrics["throughput/mfu_causal"] = 100 * tokens_per_second * self.flops.causal / self.peak_flops
         return metrics
 
 

@@ -187,9 +187,8 @@ class Block(eqx.Module):
     def init(config: GrugModelConfig, *, key: PRNGKeyArray) -> "Block":
         """Draws the weights of one layer."""
         q, k, v, o, gate, up, down = jax.random.split(key, 7)
-        d, f = config.hidden_dim, config.intermediate_dim
+        d, f, std = config.hidden_dim, config.intermediate_dim, config.initializer_std
         heads, kv_heads = (n * config.features_per_head for n in (config.num_heads, config.num_kv_heads))
-        std = config.initializer_std
         return Block(
             attn_norm=RMSNorm(jnp.ones(d)),
             attn=Attention(
@@ -249,8 +248,7 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}"
             )
-        # Gathered in the compute dtype and read in f32, so that the gradient's scatter adds in f32: in bf16 the sum over
-        # the thousands of places of a common token stalls.
+        # Read in f32, so that the gradient's scatter adds in f32: in bf16 the sum for a common token stalls.
         table = gather(self.embed, None, None).astype(jnp.float32)
         x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None)).astype(self.embed.dtype)
         rope = rotary_tables(config.rope, config.features_per_head, tokens.shape[1])
@@ -307,8 +305,8 @@ def parameter_kind(path: tuple[jax.tree_util.KeyEntry, ...]) -> ParameterKind:
 
 def parameter_spec(path: tuple[jax.tree_util.KeyEntry, ...]) -> tuple[str | None, ...]:
     """Mesh axes of the parameter at a pytree path; norms are replicated."""
-    names = (entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey))
-    return next((_SPECS[name] for name in names if name in _SPECS), ())
+    names = (entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in _SPECS)
+    return next((_SPECS[name] for name in names), ())
 
 
 def shard_parameters(model: Transformer) -> Transformer:

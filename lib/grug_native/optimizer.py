@@ -1,5 +1,6 @@
 """Optimizers over raw arrays, and the routing table that says which parameter gets which."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -71,15 +72,15 @@ class GrugOptimizerConfig:
                     f"optimizer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}"
                 )
         for name in ("learning_rate", "epsilon", "newton_schulz_steps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
         for name in ("warmup", "decay", "weight_decay", "min_lr_ratio"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm} must be positive, or null to clip nothing")
         if (self.kind == "levanter") != (self.levanter is not None):
             raise ValueError(
@@ -233,8 +234,8 @@ class ScaleByMuonState(NamedTuple):
 def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum for stacked matrices, scaled to the size of an AdamW update.
 
-    The same on one device and on any mesh: under explicit axes each matrix is gathered whole before its products, the
-    layers being dealt out over the `data` axis when they divide.
+    The same on one device and on any mesh: under explicit axes the layers are dealt out over the `data` axis, each
+    matrix whole, and with them as many empty ones as make the number divide.
 
     References:
         Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor 0.2 sqrt(max(M, N)), with which AdamW's
@@ -245,9 +246,13 @@ def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
         return ScaleByMuonState(jax.tree.map(jnp.zeros_like, params))
 
     def direction(update: Float[Array, "L M N"]) -> Float[Array, "L M N"]:
-        home = jax.typeof(update).sharding.spec
-        whole = orthogonalize(constrain(update, *_layer_axes(update.shape[0]), None, None), steps=steps)
-        return 0.2 * max(update.shape[-2:]) ** 0.5 * constrain(whole, *home)
+        if not explicit_mesh():
+            return _update_size(update) * orthogonalize(update, steps=steps)
+        home, layers = jax.typeof(update).sharding.spec, update.shape[0]
+        padding = -layers % get_abstract_mesh().shape["data"]
+        dealt = constrain(jnp.pad(update, ((0, padding), (0, 0), (0, 0))), "data", None, None)
+        whole = constrain(orthogonalize(dealt, steps=steps), None, *home[1:])
+        return _update_size(update) * whole[:layers]
 
     def update(
         updates: optax.Updates, state: ScaleByMuonState, params: optax.Params | None = None
@@ -260,8 +265,8 @@ def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _layer_axes(num_layers: int) -> tuple[str | None]:
-    return ("data",) if explicit_mesh() and num_layers % get_abstract_mesh().shape["data"] == 0 else (None,)
+def _update_size(update: Float[Array, "L M N"]) -> float:
+    return 0.2 * max(update.shape[-2:]) ** 0.5
 
 
 def _muon_groups(params: PyTree) -> PyTree:

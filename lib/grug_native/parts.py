@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from grug_native.config import GrugNativeRunConfig
 from grug_native.loss import ComputeDtype
 from grug_native.mesh import create_mesh
-from grug_native.metrics import Throughput, peak_device_flops
+from grug_native.metrics import Throughput, flops_per_token, peak_device_flops
 from grug_native.optimizer import GrugOptimizer
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig
@@ -212,4 +212,5 @@ class RunParts:
     def throughput(self) -> Throughput:
         """How a step's time becomes metrics."""
         peak = peak_device_flops(jax.devices()[0])
-        return Throughput(self.config.model, self.config.seq_len, None if peak is None else peak * jax.device_count())
+        flops = flops_per_token(self.config.model, self.config.seq_len)
+        return Throughput(flops, self.config.seq_len, None if peak is None else peak * jax.device_count())

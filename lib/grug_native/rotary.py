@@ -26,6 +26,10 @@ class GrugRopeConfig:
     original_max_seq_len: int = 8192
     """Context, in positions, for which the unscaled embedding was made."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"model.rope.theta={self.theta} must be positive")
+
 
 def rotary_tables(
     rope: GrugRopeConfig, head_dim: int, seq_len: int

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, override
+from typing import TYPE_CHECKING, Any, SupportsIndex, override
 
 import equinox as eqx
 import jax
@@ -67,8 +67,8 @@ class GrugRunner(eqx.Module):
         """
         return self._parts.init_state()
 
-    def batch(self, step: int) -> "GrugLmExample":
-        """The global batch of a step, on the devices: a pure function of the config and `step`."""
+    def batch(self, step: SupportsIndex) -> "GrugLmExample":
+        """The global batch of a step (`state.step`, say), on the devices: a pure function of the config and `step`."""
         from grug_native.data import batch_at
 
         return batch_at(self._parts.loader, step)
@@ -180,7 +180,7 @@ class GrugRunner(eqx.Module):
         write_picture(figure, self.run_folder / PLOT_FILE)
         return figure
 
-    def show_batch(self, step: int) -> BatchText:
+    def show_batch(self, step: SupportsIndex) -> BatchText:
         """The batch of a step as text, sequence by sequence, its documents apart."""
         from grug_native.debug import decode_batch
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,6 +26,8 @@ from levanter.store.cache import CACHE_LAYOUT_SHARDED, LEDGER_FILE_NAME, CacheCa
 from levanter.tensorstore_serialization import build_kvstore_spec
 from levanter.utils.thread_utils import blocking_wait
 from rigging.filesystem.storage_path import StoragePath
+
+from grug_native.corpus_store import RECORD_FILE
 
 type Split = Literal["train", "validation"]
 
@@ -100,8 +103,17 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                 except (OSError, ValueError, KeyError) as error:
                     raise ValueError(
                         f"component {part!r}, {split} split: the token cache {path} is damaged: {error}\n"
-                        f"Delete that folder (or restore it) to have the cache built anew."
+                        f"{_way_out(cfg, path)}"
                     ) from error
+
+
+def _way_out(cfg: LmDataConfig, path: str) -> str:
+    corpus = next((folder for folder in Path(path).parents if (folder / RECORD_FILE).is_file()), None)
+    if corpus is not None:
+        return f"Delete the folder of its corpus, {corpus}, to have all of it made anew."
+    if cfg.auto_build_caches:
+        return "Delete that folder (or restore it) to have the cache built anew."
+    return "Restore that folder; or delete it, and set data.auto_build_caches=true to have the cache built anew."
 
 
 def _cache_path(cfg: LmDataConfig, part: str, component: DatasetComponent, split: Split) -> str | None:
