@@ -7,8 +7,9 @@ The order of work, which everything else relies on:
 2. dispatch step `t` on its batch, which is already on the devices;
 3. read and log the metrics of step `t - 1`, while the devices work on `t`.
 
-So row `t` of `metrics.jsonl` describes the parameters after `t` updates, whether a training step or an evaluation
-wrote it, and the checkpoint `step-t` holds exactly those parameters.
+So row `t` of `metrics.jsonl` has the losses of the parameters after `t` updates, whether a training step or an
+evaluation wrote them, and the checkpoint `step-t` holds exactly those parameters. (The update that step `t` then makes,
+its norm and that of what it leads to stand there too.)
 """
 
 import dataclasses
