@@ -27,6 +27,7 @@ TESTED_WITH = {
     "checkpoint_commands": "cli",
     "cli_errors": "cli",
     "commands": "cli",
+    "config_check": "config",
     "corpus_store": "corpus",
     "documents": "corpus",
     "eval_config": "config",

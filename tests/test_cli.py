@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import RunLock
 from grug_native.signals import ExitCode
 from grug_native.tracker import read_metrics
+from tests.fixtures_data import make_text
 from tests.fixtures_run import SMALL_MODEL, MakeRun, without_runtime_types
 
 if TYPE_CHECKING:
@@ -126,6 +128,38 @@ def test_sample_and_plot(trained: Path, tmp_path: Path, capsys: Capture) -> None
     assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert main(["plot", str(trained), str(trained), "--output", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").stat().st_size > 10_000
+    assert main(["plot", str(trained), "--output", str(tmp_path / "both")]) == ExitCode.REFUSED
+    assert f"give {tmp_path / 'both.png'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"mesh": {"replica_dcn": 1, "data": 8, "model": 1}, "train_batch_size": 8},
+        {"mesh": {"replica_dcn": 2, "data": 4, "model": 2}, "train_batch_size": 8},
+        {"train_batch_size": 1},
+        {"train_batch_size": [[0, 2], [2, 6]]},
+    ],
+)
+def test_a_checkpoint_is_used_on_other_devices(
+    trained: Path, tmp_path: Path, capsys: Capture, trainer: dict[str, Any]
+) -> None:
+    def losses() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if "loss" in line or "bpb_exact" in line]
+
+    assert main(["eval", str(trained)]) == 0
+    wanted = losses()
+    run = shutil.copytree(trained, tmp_path / "run")
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw["trainer"] |= trainer
+    raw["eval"] |= {"eval_batch_size": 3}
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["eval", str(run)]) == 0
+    assert losses() == wanted != []
+    assert main(["sample", str(run), "grug", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("grug")
+    # To train there is another matter.
+    assert main(["train", "--config_path", str(run), "--output_path", str(tmp_path / "new")]) == ExitCode.REFUSED
 
 
 def test_checkpoints_are_listed_shown_verified_and_compared(trained: Path, capsys: Capture) -> None:
@@ -164,6 +198,8 @@ def test_a_damaged_checkpoint_fails_the_verification(trained: Path, tmp_path: Pa
         (["--trainer.train_batch_size", "6"], "train_batch_size=6 does not divide"),
         (["--model.vocab_size", "200"], "smaller than the 300 tokens"),
         (["--name", "x"], "--name=x goes with --text"),
+        (["--trainer.trackers", "[wandb]"], "must be a list of mappings, such as [{type: wandb}]"),
+        (["--optimizer.levanter", "adam"], "must be a mapping such as {type: adam}"),
         (["--eval.sample_prompts", "[grug brain]", "--eval.sample_tokens", "32"], "do not fit in model.max_seq_len=32"),
     ],
 )
@@ -187,6 +223,32 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Capture) -> None:
         assert main([*command, str(tmp_path)]) == ExitCode.REFUSED
     assert main(["plan", str(tmp_path / "none.yaml")]) == ExitCode.REFUSED
     assert "none.yaml: give the YAML of a run, or the folder of one" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_what_training_does(config_file: Path, capsys: Capture) -> None:
+    for name, value, words in (
+        ("data.tokenzer", "gpt2", "unknown config key data.tokenzer: did you mean tokenizer?"),
+        ("data.components", "[caves]", "data.components=['caves'] must be a mapping"),
+        ("data.components", "null", "data.components=null must be a mapping"),
+        ("data.train_weights", "[1]", "data.train_weights=[1] must be the weights of the components"),
+        ("data.train_weights", "{caves: null}", "must be the weights of the components"),
+        ("data.mixture_block_size", "many", "data.mixture_block_size='many' must be of type int"),
+    ):
+        assert main(["plan", str(config_file), f"--{name}", value]) == ExitCode.REFUSED
+        assert words in capsys.readouterr().err
+
+
+def test_text_around_its_own_runs_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(make_text(0, 30_000))
+    small = ["--model.hidden_dim=32", "--model.intermediate_dim=64", "--model.num_layers=1", "--model.num_heads=2"]
+    small += ["--model.num_kv_heads=2", "--model.vocab_size=2048", "--eval.max_eval_batches=1", "--eval.compute_bpb=no"]
+    arguments = ["train", "--text", ".", "--trainer.num_train_steps=2", "--trainer.train_batch_size=4", *small]
+    arguments += ["--output_path", "1.10"]
+    assert main([*arguments, "--stop_after", "1"]) == 0
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 1
+    assert (tmp_path / "1.10" / "checkpoints" / "step-2").is_dir()
 
 
 def test_changed_mathematics_and_a_held_lock_have_codes_of_their_own(trained: Path, capsys: Capture) -> None:

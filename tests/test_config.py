@@ -1,13 +1,15 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levanter.data.text.datasets import LmDataConfig
 from levanter.optim.config import OptimizerConfig
 from levanter.schedule import BatchSchedule, ScheduleStep
 from levanter.tracker.tracker import NoopConfig
+from levanter.tracker.wandb import WandbConfig
 
 from grug_native.config import (
     COSMETIC_FIELDS,
@@ -16,7 +18,9 @@ from grug_native.config import (
     config_to_dict,
     load_config,
     save_config,
+    with_overrides,
 )
+from grug_native.config_check import DATA_KEYS
 from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.mesh import MeshAxes
 from grug_native.optimizer import GrugOptimizerConfig
@@ -66,11 +70,12 @@ def test_defaults_need_not_be_written(make_run: MakeRun) -> None:
         ("trainer.mesh.dta", "data"),
         ("optimizer.learning_rte", "learning_rate"),
         ("eval.step_per_eval", "steps_per_eval"),
+        ("eval.harness.taks", "tasks"),
         ("data.tokenzer", "tokenizer"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(make_run: MakeRun, path: str, nearest: str) -> None:
-    raw = config_to_dict(make_run())
+    raw = config_to_dict(make_run(eval=GrugEvalConfig(harness=GrugHarnessConfig(tasks=("piqa",)))))
     *parents, key = path.split(".")
     section: dict[str, Any] = raw
     for parent in parents:
@@ -114,6 +119,21 @@ def test_a_key_like_no_other_is_answered_with_all(make_run: MakeRun) -> None:
         ("trainer", "run_id", "../up", ["run_id='../up'"]),
         ("trainer", "max_skipped_steps", -1, ["max_skipped_steps=-1"]),
         ("eval", "steps_per_eval", 0, ["steps_per_eval=0"]),
+        ("trainer", "trackers", "wandb", ["trainer.trackers=['wandb'] must be a list of mappings", "[{type: wandb}]"]),
+        ("trainer", "trackers", ["wandb"], ["trainer.trackers=['wandb'] must be a list of mappings"]),
+        ("trainer", "trackers", None, ["trainer.trackers=null must be a list", "[] for none"]),
+        ("trainer", "mesh", 8, ["trainer.mesh=8 must be a mapping with keys such as replica_dcn, data, model"]),
+        ("trainer", "run_id", 1.1, ["trainer.run_id=1.1 must be text: put it in quotes"]),
+        ("trainer", "train_batch_size", None, ["trainer.train_batch_size is null", "int | tuple"]),
+        ("trainer", "allow_changes", 3, ["trainer.allow_changes=3 must be a list"]),
+        ("optimizer", "levanter", "adam", ["optimizer.levanter='adam' must be a mapping such as {type: adam}"]),
+        ("eval", "harness", "blimp", ["eval.harness='blimp' must be a mapping with keys such as tasks"]),
+        ("eval", "sample_prompts", [{"Once": "upon"}], ["eval.sample_prompts=", "must be text: put it in quotes"]),
+        ("data", "components", ["caves"], ["data.components=['caves'] must be a mapping"]),
+        ("data", "components", {"caves": None}, ["data.components.caves=null must be a mapping"]),
+        ("data", "train_weights", 3, ["data.train_weights=3 must be the weights", "[[0, {a: 1}]"]),
+        ("data", "train_weights", [[0, 3]], ["data.train_weights=[[0, 3]] must be the weights"]),
+        ("data", "tokenizer", None, ["data.tokenizer=null must be of type str"]),
     ],
 )
 def test_bad_values_are_refused(make_run: MakeRun, section: str, key: str, value: Any, words: list[str]) -> None:
@@ -122,6 +142,57 @@ def test_bad_values_are_refused(make_run: MakeRun, section: str, key: str, value
     with without_runtime_types(), pytest.raises(ValueError) as error:
         config_from_dict(raw)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("section", ["model", "data", "optimizer", "trainer", "eval"])
+@pytest.mark.parametrize("value", [None, "tiny", [1]])
+def test_a_section_that_is_no_mapping_is_named(make_run: MakeRun, section: str, value: Any) -> None:
+    shown = "null" if value is None else repr(value)
+    with pytest.raises(ValueError) as error:
+        config_from_dict(config_to_dict(make_run()) | {section: value})
+    assert f"{section}={shown} must be a mapping with keys such as " in str(error.value)
+    assert ("leave it out for the defaults" in str(error.value)) == (section in ("optimizer", "eval"))
+
+
+def test_a_lone_value_is_taken_for_a_list_of_one(make_run: MakeRun) -> None:
+    raw = config_to_dict(make_run())
+    raw["trainer"] |= {"allow_changes": "trainer.seed", "trackers": {"type": "wandb"}}
+    raw["eval"] |= {"sample_prompts": "hello", "harness": {"tasks": "blimp"}}
+    config = config_from_dict(raw)
+    assert config.trainer.allow_changes == ("trainer.seed",)
+    assert [type(tracker) for tracker in config.trainer.trackers] == [WandbConfig]
+    assert config.eval.sample_prompts == ("hello",)
+    assert config.eval.harness is not None and config.eval.harness.tasks == ("blimp",)
+    raw["eval"]["harness"] = {"tasks": {"task": "mine"}}
+    harness = config_from_dict(raw).eval.harness
+    assert harness is not None and harness.tasks == ({"task": "mine"},)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "read"),
+    [
+        ("output_path", "1.10", "1.10"),
+        ("output_path", "yes", "yes"),
+        ("output_path", "runs/[x", "runs/[x"),
+        ("trainer.run_id", "1.10", "1.10"),
+        ("trainer.run_id", "null", None),
+        ("eval.harness.include_path", "2024-01-01", "2024-01-01"),
+        ("eval.sample_prompts", "Once upon a time: grug", "Once upon a time: grug"),
+        ("eval.sample_prompts", "[yes, no]", [True, False]),
+        ("trainer.mesh.data", "2", 2),
+        ("data.tokenizer", "gpt2", "gpt2"),
+        ("nothing.like.it", "1.10", 1.1),
+    ],
+)
+def test_what_is_text_stays_as_it_is_typed(name: str, typed: str, read: Any) -> None:
+    changed: Any = with_overrides({}, [(name, typed)])
+    for key in name.split("."):
+        changed = changed[key]
+    assert changed == read
+
+
+def test_the_keys_of_the_data_are_levanters() -> None:
+    assert [field.name for field in fields(LmDataConfig)] == list(DATA_KEYS)
 
 
 def test_an_output_path_that_is_a_file_is_refused(make_run: MakeRun, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_every_kind_of_file_arrives_whole(tmp_path: Path) -> None:
     (tmp_path / "code" / "a.py").write_text("print('ä')\r\n")
     (tmp_path / "code" / "deep" / "b.md").write_text("\ufeff# title\n")
     (tmp_path / "code" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "code" / "e.TXT").write_text("LOUD\n")
     (tmp_path / "code" / ".hidden.txt").write_text("hidden")
     (tmp_path / "rows.jsonl").write_text('{"body": "first\\n日本"}\n\n{"body": ""}\n{"body": "second", "text": 3}\n')
     pq.write_table(pa.table({"body": ["third", "fourth"], "id": [1, 2]}), tmp_path / "rows.parquet")
@@ -59,7 +60,7 @@ def test_every_kind_of_file_arrives_whole(tmp_path: Path) -> None:
         text_key="body",
     )
     assert _cached(cfg, "train") == {
-        "code": ["print('ä')\r\n", "# title\n"],
+        "code": ["print('ä')\r\n", "# title\n", "LOUD\n"],
         "rows": ["first\n日本", "second", "third", "fourth"],
     }
     assert cfg.build_caches("validation") == {}
@@ -184,7 +185,7 @@ _BAD_FILES: Mapping[str, tuple[bytes, str]] = {
     "list.jsonl": (b"[1]\n", r"list\.jsonl, line 1: there is no field 'text'; found list"),
     "other.jsonl": (
         b'{"text": "a"}\n{"body": "b"}\n',
-        r"other\.jsonl, line 2: there is no field 'text'; found \['body'\]",
+        r"other\.jsonl, line 2: there is no field 'text'; found \['body'\]\. Rename what holds the text to 'text'",
     ),
     "number.jsonl": (b'{"text": 5}\n', r"number\.jsonl, line 1: the field 'text' is int, not text"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl, line 1: character 0 is half of a surrogate pair"),

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.evaluation import Evaluations
@@ -50,6 +51,13 @@ def test_tasks_and_samples_run_in_the_loop(make_run: MakeRun, tmp_path: Path) ->
     assert samples.count("```text\ngrug") == 2
     GrugRunner(config).fit()
     assert (folder / "samples.md").read_text() == samples
+
+
+def test_one_task_is_not_its_letters(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(pairs_task(tmp_path)))
+    runner = GrugRunner(make_run())
+    metrics = runner.harness(runner.init_state(), str(tmp_path / "pairs.yaml"))
+    assert "lm_eval/pairs/acc" in metrics
 
 
 def test_an_evaluation_that_fails_does_not_lose_the_run(

@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
 from grug_native.metrics import parameter_counts
 from grug_native.model import MODEL_PRESETS
+from grug_native.run_folder import RunLock
 from grug_native.runner import GrugRunner
+from grug_native.signals import ExitCode
+from tests.fixtures_run import MakeRun
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
@@ -101,6 +105,13 @@ def test_the_environment_chooses_the_devices(monkeypatch: pytest.MonkeyPatch) ->
         (["--size", "130m"], "give the folder of a tokenizer.json"),
         (["--size", "130m", "--executor"], "--data local"),
         (["--cluster", "http://127.0.0.1:1"], "--cluster goes with --executor"),
+        (["--steps", "0"], "--steps=0 must be at least 1"),
+        (["--data", "nosuch_folder/"], "--data='nosuch_folder/' is no folder here"),
+        (["--data", "./nosuch_folder"], "--data='./nosuch_folder' is no folder here"),
+        (["--data", "/no/such"], "--data='/no/such' is no folder here"),
+        (["--data", "data/shakespeare"], "if a folder was meant, there is none of this name"),
+        (["--data", "data/shakespeare"], "give the folder of a tokenizer.json"),
+        (["--data", "data/notes.txt"], "--data='data/notes.txt' is no folder, but a file"),
         (["--executor", "--output-path", "here"], "--output-path goes without --executor"),
         (["--executor", "--cluster", "http://127.0.0.1:1"], "MARIN_PREFIX is not set"),
     ],
@@ -114,9 +125,47 @@ def test_a_mistake_is_told_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARIN_PREFIX", raising=False)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("grug")
     with pytest.raises(SystemExit) as stopped:
         speedrun.main(arguments)
     assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_locked_folder_has_its_own_exit_code(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_run()
+    monkeypatch.setattr(speedrun, "build_run", lambda *_, **__: config)
+    Path(config.output_path).mkdir()
+    lock = RunLock(Path(config.output_path), "run")
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            speedrun.main([])
+    finally:
+        lock.release()
+    assert stopped.value.code == ExitCode.LOCKED
+    assert "grugformer_speedrun: " in capsys.readouterr().err
+
+
+def test_no_steps_are_not_the_default() -> None:
+    from levanter.data.text.datasets import LmDataConfig
+
+    for size in ("tiny", "130m"):
+        with pytest.raises(ValueError, match="num_train_steps=0 must be positive"):
+            speedrun.build_run(size, data=LmDataConfig(), num_train_steps=0)
+
+
+def test_runs_in_a_folder_of_text_are_no_text(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = shutil.copytree(text_folder / "caves", tmp_path / "texts")
+    monkeypatch.chdir(texts)
+    first = speedrun.choose_data(".", output_path="mine")
+    (texts / "mine").mkdir()
+    for name in ("runs/metrics.jsonl", "mine/samples.md"):
+        (texts / name).write_text("{}")
+    assert speedrun.choose_data(".", output_path="mine") == first
 
 
 def test_a_folder_of_text_is_a_step_before_the_run(text_folder: Path) -> None:

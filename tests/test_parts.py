@@ -1,11 +1,12 @@
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
 
 from grug_native.mesh import MeshAxes
 from grug_native.optimizer import GrugOptimizer
-from grug_native.parts import RunParts
+from grug_native.parts import RunParts, load_tokenizer
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
 
@@ -57,3 +58,11 @@ def test_what_does_not_fit_the_devices_is_refused(make_run: MakeRun, changes: di
     parts = parts_of(make_run, **changes)
     with pytest.raises(ValueError, match=words):
         _ = parts.mesh
+
+
+@pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./tokenizer", "runs/corpora/gone/tokenizer"])
+def test_a_tokenizer_that_did_not_move_along_is_named(make_run: MakeRun, name: str) -> None:
+    data = replace(make_run().data, tokenizer=name)
+    with pytest.raises(ValueError, match=rf"data\.tokenizer='{name}' is no folder here"):
+        load_tokenizer(data)
+    assert not Path(name).exists()

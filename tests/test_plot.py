@@ -92,6 +92,15 @@ def test_the_picture_is_written_whole(tmp_path: Path) -> None:
     assert len({tuple(pixel) for pixel in picture[::20, ::5].reshape(-1, picture.shape[2])}) > 5
 
 
+def test_a_picture_without_a_suffix_is_refused(tmp_path: Path) -> None:
+    figure = plot_runs([make_run(tmp_path / "a", 10)])
+    with pytest.raises(ValueError, match=r"picture has no suffix to say .*: give .*picture\.png"):
+        write_picture(figure, tmp_path / "picture")
+    with pytest.raises(ValueError, match="'xyz' is not supported"):
+        write_picture(figure, tmp_path / "picture.xyz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
         plot_runs([tmp_path])

@@ -1,14 +1,16 @@
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from grug_native.job import train_to_results
+from grug_native.config import save_config
+from grug_native.job import main, train_to_results
 from grug_native.metrics import parameter_counts
 from grug_native.results import print_results, read_results, summarize_run
-from grug_native.run_folder import RESULTS_FILE
+from grug_native.run_folder import RESULTS_FILE, RunLock, RunLockedError
 from grug_native.runner import GrugRunner
+from grug_native.signals import ExitCode
 from grug_native.tracker import read_metrics
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
@@ -46,6 +48,32 @@ def test_a_finished_run_is_summed_up_and_then_left_alone(
     GrugRunner(config).fit(resume_step=2, stop_after=2)
     assert not (folder / RESULTS_FILE).exists()
     assert train_to_results(config).final["train/loss"] == results.final["train/loss"]
+
+
+def test_a_job_says_in_its_exit_code_how_it_ended(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(*arguments: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(tmp_path / "run.yaml"), *arguments])
+        return ended.value.code, capsys.readouterr().err
+
+    code, words = job()
+    assert code == ExitCode.REFUSED and "grug_native.job: there is no file" in words
+    config = make_run(trainer={"num_train_steps": 3})
+    save_config(config, tmp_path / "run.yaml")
+    Path(config.output_path).mkdir()
+    lock = RunLock(Path(config.output_path), "run")
+    try:
+        assert job()[0] == ExitCode.LOCKED
+        with pytest.raises(RunLockedError):
+            main(["--config", str(tmp_path / "run.yaml"), "--debug"])
+    finally:
+        lock.release()
+    main(["--config", str(tmp_path / "run.yaml")])
+    save_config(replace(config, trainer=replace(config.trainer, seed=9)), tmp_path / "run.yaml")
+    code, words = job()
+    assert code == ExitCode.REFUSED and "trainer.seed: stored 0, wanted 9" in words
 
 
 def test_a_tokenizer_that_is_not_to_be_had_is_refused_with_the_way_out(make_run: MakeRun) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,31 @@ def test_one_file_is_a_domain(tmp_path: Path) -> None:
     config = text_run(tmp_path / "verses.txt", runs=tmp_path / "runs")
     assert list(config.data.components) == ["txt"]
     assert Path(config.output_path).name == "verses"
+
+
+def test_what_runs_write_is_no_text(folder: Path) -> None:
+    runs = folder / "runs"
+    config = text_run(folder, runs=runs)
+    for written in (runs / "my-notes" / "metrics.jsonl", folder / "mine" / "samples.md", folder / ".hidden" / "a.py"):
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text("{}\n")
+    again = text_run(folder, runs=runs, output_path=str(folder / "mine"))
+    assert again.data == config.data
+    assert again.output_path == str(folder / "mine")
+    with pytest.raises(ValueError, match=r"is where the texts are, and .* give another folder, such as .*my-notes-run"):
+        text_run(folder, runs=runs, output_path=f"{folder}/")
+
+
+def test_a_suffix_may_be_in_capitals_and_the_first_rows_empty(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.JSONL").write_text('{"text": ""}\n')
+    (tmp_path / "texts" / "b.jsonl").write_text(
+        f"{json.dumps({'text': ''})}\n{json.dumps({'text': make_text(0, 30_000)})}\n"
+    )
+    write(tmp_path / "texts", "c.TXT", 200_000)
+    config = text_run(tmp_path / "texts", runs=tmp_path / "runs")
+    assert list(config.data.components) == ["jsonl", "txt"]
+    assert config.eval.sample_prompts[0].startswith("document0")
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""What the command line says of an error, and how it exits."""
+"""What a command says of an error, and how it exits."""
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import jax
 
@@ -26,3 +30,17 @@ def explain(error: Exception) -> tuple[ExitCode, str] | None:
             # Errors of our own classes are documented, and say what to do.
             ours = type(error).__module__.startswith("grug_native.")
             return (ExitCode.FAILED, words) if ours or isinstance(error, OSError) else None
+
+
+@contextmanager
+def explained_exit(program: str, *, debug: bool) -> Generator[None]:
+    """Ends the process with the exit code and the words for an error; any other, and with `debug` all, are raised."""
+    try:
+        yield
+    except Exception as error:
+        explained = None if debug else explain(error)
+        if explained is None:
+            raise
+        code, words = explained
+        print(f"{program}: {words}", file=sys.stderr)
+        raise SystemExit(code) from None

@@ -4,6 +4,7 @@ Each imports what it needs when it is called: levanter alone takes seconds, and 
 """
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from grug_native.config import (
     read_config_file,
     with_overrides,
 )
+from grug_native.config_check import check_data
+from grug_native.mesh import MeshAxes
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
 from grug_native.runner import GrugRunner
@@ -53,6 +56,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
     raw = with_overrides(read_config_file(_config_file(arguments.config)), arguments.overrides)
     if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
+        check_data(raw["data"])
         raw["data"] = DataSketch.of(raw["data"])
     runner = GrugRunner(config_from_dict(raw))
     Console().print(runner.plan(compile=arguments.compile, measure=arguments.measure))
@@ -102,9 +106,9 @@ def plot(arguments: argparse.Namespace) -> None:
 
 def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
-    if arguments.output_path is not None:
-        overrides.append(("output_path", arguments.output_path))
     if arguments.text is None:
+        if arguments.output_path is not None:
+            overrides.append(("output_path", arguments.output_path))
         if arguments.name is not None:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
@@ -112,7 +116,7 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
         return config_from_dict(with_overrides(read_config_file(_config_file(arguments.config_path)), overrides))
     from grug_native.text_run import text_run
 
-    config = text_run(Path(arguments.text), name=arguments.name)
+    config = text_run(Path(arguments.text), name=arguments.name, output_path=arguments.output_path)
     return config_from_dict(with_overrides(config_to_dict(config), overrides)) if overrides else config
 
 
@@ -128,14 +132,37 @@ def _config_file(given: str) -> Path:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
-    """A run's parts, and what one of its checkpoints holds; the run may have moved since it was trained."""
+    """A run's parts, and what one of its checkpoints holds; folder and devices may be others than it trained with."""
     from grug_native.progress import configure_logging
     from grug_native.saving import load_parameters
 
     configure_logging()
     config = replace(load_config(_config_file(arguments.run)), output_path=os.path.normpath(arguments.run))
+    config = _on_these_devices(config)
     parts = RunParts(config, GrugRunner(config).optimizer)
     return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
+
+
+def _on_these_devices(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
+    """Fits the mesh and the batches of a run to the devices at hand: parameters can be restored onto any mesh."""
+    trainer, evaluation, harness = config.trainer, config.eval, config.eval.harness
+    devices, asked = jax.device_count(), trainer.mesh.model
+    model = asked if asked > 0 and devices % asked == 0 else 1
+    shards = devices // model
+    data = math.gcd(config.model.hidden_dim, shards)  # The parameters are split over this axis.
+
+    def rounded_up(size: int) -> int:
+        return -(-size // shards) * shards
+
+    if harness is not None and harness.batch_size is not None:
+        harness = replace(harness, batch_size=rounded_up(harness.batch_size))
+    batch = rounded_up(evaluation.eval_batch_size or trainer.batch_size_at(0))
+    mesh = MeshAxes(replica_dcn=shards // data, data=data, model=model)
+    return replace(
+        config,
+        trainer=replace(trainer, mesh=mesh, train_batch_size=batch),
+        eval=replace(evaluation, eval_batch_size=batch, harness=harness),
+    )
 
 
 def _metrics_table(title: str, metrics: Mapping[str, float]) -> Table:

@@ -1,7 +1,6 @@
 """The configuration of a run: plain frozen data, its cross-checks, and YAML in and out."""
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import draccus
 import equinox as eqx
 import yaml
 
+from grug_native.config_check import check_data, checked, decode, no_mapping, read_value
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
-from grug_native.mixture import check_names
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import fsync
@@ -229,42 +228,31 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value of the wrong type.
     """
-    _check_keys(GrugNativeRunConfig, raw, "")
-    sections = dict(raw)
-    optimizer, trainer = dict(sections.get("optimizer", {})), dict(sections.get("trainer", {}))
-    if isinstance(sections.get("data"), Mapping):
+    sections = checked(GrugNativeRunConfig, raw)
+    optimizer, trainer = sections.get("optimizer", {}), sections.get("trainer", {})
+    data, levanter = sections.get("data"), optimizer.get("levanter")
+    if isinstance(data, Mapping):
         from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
 
-        data = sections["data"]
-        _check_keys(LevanterDataConfig, data, "data.")
-        check_names(data.get("train_weights") or {}, data.get("components") or {})
-        sections["data"] = _decode(LevanterDataConfig, data, "data.")
-    if optimizer.get("levanter") is not None:
+        check_data(cast(Mapping[str, Any], data))
+        known = checked(LevanterDataConfig, cast(Mapping[str, Any], data), "data.")
+        sections["data"] = decode(LevanterDataConfig, known, "data.")
+    elif "data" in sections and not is_dataclass(data):
+        raise no_mapping("data", data, "with keys such as tokenizer, components, train_weights")
+    if isinstance(levanter, Mapping):
         from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
 
-        optimizer["levanter"] = _decode(LevanterOptimizerConfig, optimizer["levanter"], "optimizer.levanter.")
-    if trainer.get("trackers"):
+        chosen = decode(LevanterOptimizerConfig, cast(Mapping[str, Any], levanter), "optimizer.levanter.")
+        optimizer |= {"levanter": chosen}
+    elif levanter is not None and not is_dataclass(levanter):
+        raise no_mapping("optimizer.levanter", levanter, "such as {type: adam}")
+    if trackers := trainer.get("trackers"):
         from levanter.tracker import TrackerConfig as LevanterTrackerConfig
 
-        trackers = trainer["trackers"]
-        trainer["trackers"] = [_decode(LevanterTrackerConfig, tracker, "trainer.trackers.") for tracker in trackers]
-    return _decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
-
-
-def _decode[Config](kind: type[Config], raw: Mapping[str, Any], prefix: str) -> Config:
-    if issubclass(kind, draccus.PluginRegistry):
-        choices = list(kind.get_known_choices())
-        if raw.get("type") not in choices:
-            raise ValueError(f"{prefix}type={raw.get('type')!r} is unknown: choose one of {', '.join(choices)}")
-    try:
-        return draccus.decode(kind, raw)
-    except draccus.ParsingError as error:
-        refusal: BaseException = error
-        # draccus only says which class refused; the refusal itself is the cause.
-        while "Couldn't instantiate" in str(refusal) and refusal.__cause__ is not None:
-            refusal = refusal.__cause__
-        words = re.sub(r" \(<class '\w+'>\)", "", " ".join(str(refusal).split()))
-        raise ValueError(re.sub("`(.*?)`", r"\1", words.replace("`", f"`{prefix}", 1))) from error
+        if not all(isinstance(tracker, Mapping) for tracker in trackers):
+            raise ValueError(f"trainer.trackers={trackers!r} must be a list of mappings, such as [{{type: wandb}}]")
+        trainer |= {"trackers": [decode(LevanterTrackerConfig, tracker, "trainer.trackers.") for tracker in trackers]}
+    return decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
 
 
 def save_config(config: GrugNativeRunConfig, path: Path) -> None:
@@ -310,7 +298,8 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]])
 
     Args:
         raw: the sections; they are left as they are.
-        overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`.
+        overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`;
+            where a field is text, the value is taken as it is.
 
     Raises:
         ValueError: if what a name leads through is no section, or a value is no YAML.
@@ -325,25 +314,5 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]])
             section = section[parent]
             if not isinstance(section, dict):
                 raise ValueError(f"--{name}: {'.'.join(parents[:depth])} is {section!r}, and has no fields")
-        try:
-            section[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--{name} {value!r} is no YAML: {error}") from error
+        section[key] = read_value(GrugNativeRunConfig, name, value)
     return changed
-
-
-def _check_keys(kind: type, raw: Mapping[str, Any], prefix: str) -> None:
-    known = {item.name: item.type for item in fields(kind)}
-    for key, value in raw.items():
-        if key not in known:
-            raise ValueError(f"unknown config key {prefix}{key}{_nearest(key, list(known))}")
-        nested = known[key]
-        if value is None and nested in (int, float, bool, str):
-            raise ValueError(f"{prefix}{key} is null, and must be of type {nested.__name__}")
-        if isinstance(nested, type) and is_dataclass(nested) and isinstance(value, Mapping):
-            _check_keys(nested, cast(Mapping[str, Any], value), f"{prefix}{key}.")
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else f": the keys here are {', '.join(known)}"

@@ -33,8 +33,13 @@ _STDLIB_FILE_BYTES = 128 * 1024
 """Longer modules are left out, so that no single one dominates the corpus."""
 
 
-def find_files(domain: str, paths: Paths) -> list[Path]:
+def find_files(domain: str, paths: Paths, *, leave_out: Sequence[Path] = ()) -> list[Path]:
     """Lists the files of a domain: files as given, folders recursively by name, without hidden, unknown, empty ones.
+
+    Args:
+        domain: what the errors call it.
+        paths: files and folders.
+        leave_out: folders that are not looked into, where they lie in one of those.
 
     Raises:
         ValueError: if a path does not exist, a file's suffix is unknown, or there is nothing to read.
@@ -42,11 +47,14 @@ def find_files(domain: str, paths: Paths) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if path.is_dir():
+            root = path.resolve()
+            skipped = [folder.resolve().relative_to(root) for folder in leave_out if root in folder.resolve().parents]
             inside = [
                 file
                 for file in sorted(path.rglob("*"))
-                if file.suffix in SUFFIXES
+                if suffix(file) in SUFFIXES
                 and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
+                and not any(file.relative_to(path).is_relative_to(folder) for folder in skipped)
                 and file.is_file()
                 and file.stat().st_size > 0
             ]
@@ -57,7 +65,7 @@ def find_files(domain: str, paths: Paths) -> list[Path]:
             files += inside
         elif not path.exists():
             raise ValueError(f"{domain}: {path} does not exist")
-        elif path.suffix not in SUFFIXES:
+        elif suffix(path) not in SUFFIXES:
             raise ValueError(f"{domain}: {path} has the suffix {path.suffix!r}, which is none of {_known()}")
         else:
             files.append(path)
@@ -67,6 +75,11 @@ def find_files(domain: str, paths: Paths) -> list[Path]:
         if file.stat().st_size == 0:
             raise ValueError(f"{domain}: {file} is empty")
     return files
+
+
+def suffix(file: Path) -> str:
+    """What kind of file it is: `A.TXT` is a `.txt`."""
+    return file.suffix.lower()
 
 
 def _known() -> str:
@@ -81,9 +94,9 @@ def read_documents(file: Path, text_key: str) -> Iterator[str]:
     Raises:
         ValueError: names the file, and the line or row.
     """
-    if file.suffix == ".jsonl":
+    if suffix(file) == ".jsonl":
         documents = _read_jsonl(file, text_key)
-    elif file.suffix == ".parquet":
+    elif suffix(file) == ".parquet":
         documents = _read_parquet(file, text_key)
     else:
         documents = iter([(str(file), _decode(file.read_bytes(), str(file)).removeprefix("\ufeff"))])
@@ -120,8 +133,12 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"{place}: not JSON: {error}") from error
             if not isinstance(row, dict) or text_key not in row:
                 found = sorted(map(str, cast(dict[str, object], row))) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{place}: there is no field {text_key!r}; found {found}. Give text_key=")
+                raise ValueError(f"{place}: there is no field {text_key!r}; found {found}. {_other_key(text_key)}")
             yield place, cast(dict[str, object], row)[text_key]
+
+
+def _other_key(text_key: str) -> str:
+    return f"Rename what holds the text to {text_key!r}; or, in Python, give its name: local_text_data(..., text_key=)"
 
 
 def _read_parquet(file: Path, text_key: str) -> Iterator[tuple[str, object]]:
@@ -135,7 +152,7 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[tuple[str, object]]:
     with parquet:
         columns: list[str] = parquet.schema_arrow.names
         if text_key not in columns:
-            raise ValueError(f"{file}: there is no column {text_key!r}; found {columns}. Give text_key=")
+            raise ValueError(f"{file}: there is no column {text_key!r}; found {columns}. {_other_key(text_key)}")
         number = 0
         for batch in parquet.iter_batches(columns=[text_key]):
             for text in batch.column(0).to_pylist():

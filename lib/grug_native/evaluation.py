@@ -54,7 +54,7 @@ def harness_parameters(
         parts: of the run.
         params: on the run's mesh.
         step: updates behind them.
-        tasks: names, paths of YAML files, or configs; None takes those of `config.eval.harness`.
+        tasks: names, paths of YAML files, or configs; or one name; None takes those of `config.eval.harness`.
         **settings: other fields of `GrugHarnessConfig`, in place of the run's own.
 
     Raises:
@@ -65,7 +65,7 @@ def harness_parameters(
 
     run, own = parts.config, parts.config.eval.harness
     if tasks is not None:
-        settings |= {"tasks": tuple(tasks)}
+        settings |= {"tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks)}
     elif own is None:
         raise ValueError("name the tasks: the run's config has none in eval.harness")
     config = GrugHarnessConfig(**settings) if own is None else replace(own, **settings)

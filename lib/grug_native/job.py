@@ -9,21 +9,19 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from jax.experimental import multihost_utils
 
 from grug_native.checkpoint_metadata import canonical_hash
+from grug_native.cli_errors import explained_exit
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
+from grug_native.parts import load_tokenizer
 from grug_native.process import prepare_process
 from grug_native.progress import configure_logging
 from grug_native.results import RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import RESULTS_FILE, local_path
 from grug_native.runner import GrugRunner
-
-if TYPE_CHECKING:
-    from levanter.data.text.datasets import LmDataConfig
 
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables that tell the processes of a job of each other."""
@@ -65,7 +63,7 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
         if found.config_hash == canonical_hash(config_to_dict(config)):
             logger.info("finished before, after %d steps: %s", found.steps, folder / RESULTS_FILE)
             return found
-    check_tokenizer(config.data)
+    load_tokenizer(config.data)
     GrugRunner(config).fit()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("grug-run-is-on-disk")  # The others may be here before process 0 has saved.
@@ -75,31 +73,16 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
     return results
 
 
-def check_tokenizer(data: "LmDataConfig") -> None:
-    """Loads the tokenizer of training data.
-
-    Raises:
-        ValueError: if it is not to be had; says what to do.
-    """
-    try:
-        _ = data.the_tokenizer
-    except OSError as error:
-        raise ValueError(
-            f"data.tokenizer={data.tokenizer!r} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Connect to the network (and log in, if the "
-            "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
-            "own: with the speedrun, --data local or --data FOLDER"
-        ) from error
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains what a config file says, as one process of a job."""
+    """Trains what a config file says, as one process of a job; exits with one of `grug_native.signals.ExitCode`."""
     parser = argparse.ArgumentParser(prog="python -m grug_native.job", description=main.__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run, as in a run's folder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = parser.parse_args(arguments)
     configure_logging()
-    initialize_distributed()
-    train_to_results(load_config(parsed.config))
+    with explained_exit("grug_native.job", debug=parsed.debug):
+        initialize_distributed()
+        train_to_results(load_config(parsed.config))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import equinox as eqx
@@ -19,6 +20,7 @@ from grug_native.train import GrugStepConfig
 if TYPE_CHECKING:
     from levanter.data.loader import DataLoader
     from levanter.data.mixture import MixtureDataset
+    from levanter.data.text.datasets import LmDataConfig
     from levanter.data.text.examples import GrugLmExample
     from levanter.schedule import BatchSchedule
     from levanter.tokenizers import MarinTokenizer
@@ -110,9 +112,9 @@ class RunParts:
         """The tokenizer of the data.
 
         Raises:
-            ValueError: if it has more tokens than the model.
+            ValueError: if it is not to be had, or has more tokens than the model.
         """
-        tokenizer, vocab_size = self.config.data.the_tokenizer, self.config.model.vocab_size
+        tokenizer, vocab_size = load_tokenizer(self.config.data), self.config.model.vocab_size
         if len(tokenizer) > vocab_size:
             raise ValueError(
                 f"model.vocab_size={vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "
@@ -214,3 +216,27 @@ class RunParts:
         peak = peak_device_flops(jax.devices()[0])
         flops = flops_per_token(self.config.model, self.config.seq_len)
         return Throughput(flops, self.config.seq_len, None if peak is None else peak * jax.device_count())
+
+
+def load_tokenizer(data: "LmDataConfig") -> "MarinTokenizer":
+    """Loads the tokenizer of a data config.
+
+    Raises:
+        ValueError: if it is not to be had; says what to do.
+    """
+    name = data.tokenizer
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"data.tokenizer={name!r} is no folder here. A run that was moved needs its corpus too: put it back there, "
+            "or give the place of its tokenizer, with the tokenizer.json, in data.tokenizer"
+        )
+    try:
+        return data.the_tokenizer
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer={name!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Connect to the network (and log in, if the "
+            "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
+            "own: with the speedrun, --data local or --data FOLDER"
+        ) from error

@@ -67,7 +67,13 @@ def plot_runs(folders: Sequence[Path]) -> "Figure":
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
-    """Writes a figure, whole or not at all; the suffix of `path` says as what kind of picture."""
+    """Writes a figure, whole or not at all; the suffix of `path` says as what kind of picture.
+
+    Raises:
+        ValueError: if there is no suffix, or none that matplotlib knows.
+    """
+    if not path.suffix:
+        raise ValueError(f"{path} has no suffix to say what kind of picture it is to be: give {path}.png")
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     figure.savefig(partial)
     partial.replace(path)

@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
     FINISHED = 0
     """Every step is done, and the last checkpoint is committed."""
     FAILED = 1
-    """An error; its traceback says which."""
+    """An error: a line says which, or, where it is not one of those that are documented, a traceback."""
     REFUSED = 2
     """The user's mistake, such as a changed setting on resume: nothing was started."""
     NO_USABLE_CHECKPOINT = 3

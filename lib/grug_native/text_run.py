@@ -6,13 +6,15 @@ text, to about 20 tokens a parameter (Hoffmann et al. 2022, arXiv 2203.15556), c
 
 import os
 import re
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import jax
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
 from grug_native.corpus import local_text_data
-from grug_native.documents import find_files, read_documents
+from grug_native.documents import find_files, read_documents, suffix
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
@@ -37,7 +39,9 @@ _PROMPT_CHARACTERS = 40
 _SHAPES = ((128, 448, 4, 4), (256, 896, 6, 8), (384, 1344, 8, 6), (512, 1792, 8, 8), (768, 2688, 12, 12))
 
 
-def text_run(path: Path, *, name: str | None = None, runs: Path = Path("runs")) -> GrugNativeRunConfig:
+def text_run(
+    path: Path, *, name: str | None = None, runs: Path = Path("runs"), output_path: str | None = None
+) -> GrugNativeRunConfig:
     """Makes a run of the texts in a folder, or finds the corpus that an earlier call made of the same ones.
 
     Texts of one suffix are a domain, told apart in the evaluation; 5% of each are held out.
@@ -45,12 +49,19 @@ def text_run(path: Path, *, name: str | None = None, runs: Path = Path("runs")) 
     Args:
         path: a folder, or a file.
         name: of the run; by default that of the folder.
-        runs: where runs are, and the corpora that they share.
+        runs: where runs are, and the corpora that they share; texts in there are no texts of the folder.
+        output_path: folder of the run, if it is to be another than `runs/NAME`.
 
     Raises:
         ValueError: if there is no text, too little of it, or a file that cannot be read as text.
     """
-    domains = text_domains(path)
+    run_folder = Path(output_path or runs / (name or _run_name(path)))
+    if run_folder.resolve() == path.resolve():
+        raise ValueError(
+            f"output_path={str(run_folder)!r} is where the texts are, and what the run writes would be among them: "
+            f"give another folder, such as --output_path {runs / _run_name(path)}-run"
+        )
+    domains = text_domains(path, leave_out=(runs, run_folder))
     sizes = {domain: sum(file.stat().st_size for file in files) for domain, files in domains.items()}
     total = sum(sizes.values())
     if total < _SMALLEST_DOMAIN:
@@ -75,21 +86,25 @@ def text_run(path: Path, *, name: str | None = None, runs: Path = Path("runs")) 
         eval=GrugEvalConfig(
             steps_per_eval=-(-steps // 6),
             max_eval_batches=4,
-            sample_prompts=tuple(_beginning(files[0]) for files in domains.values()),
+            sample_prompts=tuple(_beginning(files) for files in domains.values()),
         ),
-        output_path=str(runs / (name or _run_name(path))),
+        output_path=str(run_folder),
     )
 
 
-def text_domains(path: Path) -> dict[str, list[Path]]:
+def text_domains(path: Path, *, leave_out: Sequence[Path] = ()) -> dict[str, list[Path]]:
     """The text files under a path by kind, as in `{"md": [...], "py": [...]}`; kinds of little text go to the largest.
+
+    Args:
+        path: a folder, or a file.
+        leave_out: folders in it that are not looked into.
 
     Raises:
         ValueError: if there are none.
     """
     kinds: dict[str, list[Path]] = {}
-    for file in find_files("--text", path):
-        kinds.setdefault(file.suffix.removeprefix("."), []).append(file)
+    for file in find_files("--text", path, leave_out=leave_out):
+        kinds.setdefault(suffix(file).removeprefix("."), []).append(file)
     sizes = {kind: sum(file.stat().st_size for file in files) for kind, files in kinds.items()}
     enough = max(_SMALLEST_DOMAIN, _SMALLEST_SHARE * sum(sizes.values()))
     largest = max(sizes, key=lambda kind: (sizes[kind], kind))
@@ -144,9 +159,10 @@ def _batch_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 32_768
 
 
-def _beginning(file: Path) -> str:
-    """How a text starts, cut between words: something for the model to continue."""
-    text = next(read_documents(file, "text"))[:_PROMPT_CHARACTERS]
+def _beginning(files: Sequence[Path]) -> str:
+    """How the first text starts, cut between words: something for the model to continue."""
+    documents = chain.from_iterable(read_documents(file, "text") for file in files)
+    text = next(documents)[:_PROMPT_CHARACTERS]
     return text.rsplit(maxsplit=1)[0] if len(text.split()) > 1 else text
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +28,12 @@ from grug_native import (
     GrugOptimizerConfig,
     GrugTrainerConfig,
 )
-from grug_native.job import check_tokenizer, train_to_results
+from grug_native.cli_errors import explained_exit
+from grug_native.job import train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.parts import load_tokenizer
 from grug_native.progress import configure_logging
 from grug_native.results import print_results
-from grug_native.signals import ExitCode
 
 if TYPE_CHECKING:
     from fray.types import ResourceConfig
@@ -52,6 +53,9 @@ HUB_DATASETS = {
     "dclm": ("mlfoundations/dclm-baseline-1.0", None),
 }
 """Name -> id and subset on the Hugging Face hub."""
+
+DEFAULT_TOKENS = 10_000_000_000
+"""Of FineWeb-Edu's sample, as its name says: the larger sizes see it more than once, or want `--data` of their own."""
 
 PRETOKENIZED = {"fineweb-edu": "marin-community/fineweb-edu-pretokenized-10B"}
 """Name -> a token cache on the hub, made with `LLAMA3_TOKENIZER`, which the executor downloads whole."""
@@ -81,23 +85,25 @@ def build_run(
         raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(SIZES)}")
     model = MODEL_PRESETS[size]
     output_path = output_path or f"runs/grugformer-{size}"
+    steps = num_train_steps
     if size == "tiny":
         return GrugNativeRunConfig(
             model=model,
             data=data or local_data("runs/corpora"),
             optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
-            trainer=GrugTrainerConfig(num_train_steps=num_train_steps or 340, train_batch_size=16),
+            trainer=GrugTrainerConfig(num_train_steps=340 if steps is None else steps, train_batch_size=16),
             eval=GrugEvalConfig(steps_per_eval=85, max_eval_batches=8),
             output_path=output_path,
         )
     batch, seq_len = 128, 2048
-    steps = TOKENS_PER_PARAMETER * parameter_counts(model)["total"] // (batch * seq_len)
+    if steps is None:
+        steps = TOKENS_PER_PARAMETER * parameter_counts(model)["total"] // (batch * seq_len)
     return GrugNativeRunConfig(
         model=replace(model, scan_layers=True, remat="dots"),
         data=data or hub_data("fineweb-edu", "runs/caches"),
         optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
         trainer=GrugTrainerConfig(
-            num_train_steps=num_train_steps or steps,
+            num_train_steps=steps,
             train_batch_size=batch,
             train_seq_len=seq_len,
             steps_per_checkpoint=5000,
@@ -141,9 +147,28 @@ def hub_data(name: str, cache_dir: str) -> "LmDataConfig":
 
 
 def _on_the_hub(name: str) -> tuple[str, str | None]:
-    if name not in HUB_DATASETS and name.count("/") != 1:
-        raise ValueError(f"--data={name!r} is no folder: give one, local, {', '.join(HUB_DATASETS)}, or a hub id A/B")
-    return HUB_DATASETS.get(name, (name, None))
+    if name in HUB_DATASETS:
+        return HUB_DATASETS[name]
+    if Path(name).exists():
+        raise ValueError(f"--data={name!r} is no folder, but a file: give the folder that holds the texts")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(
+            f"--data={name!r} is no folder here, and no dataset's id A/B on the Hugging Face hub: give a folder of "
+            f"text, local, {', '.join(HUB_DATASETS)}, or such an id"
+        )
+    return name, None
+
+
+def _check_hub(name: str) -> None:
+    """Finds out whether the hub can be reached, before anything is downloaded; a folder may have been meant."""
+    data = hub_data(name, "")
+    try:
+        load_tokenizer(data)
+    except ValueError as error:
+        raise ValueError(
+            f"--data={name!r} is no folder here, and so a dataset on the Hugging Face hub: if a folder was meant, "
+            f"there is none of this name. Else: {error}"
+        ) from error
 
 
 def _default_data(size: str) -> str:
@@ -154,18 +179,24 @@ def _is_local(data: str) -> bool:
     return data == "local" or Path(data).is_dir()
 
 
-def choose_data(name: str) -> "LmDataConfig":
+def choose_data(name: str, *, output_path: str | None = None) -> "LmDataConfig":
     """The training data that `--data` names.
 
     Args:
         name: `local`, one of `HUB_DATASETS`, a dataset's id on the Hugging Face hub, or a folder of text files.
+        output_path: folder of the run; like `runs`, it is not searched for text.
+
+    Raises:
+        ValueError: if it is none of these, or there is no text in the folder.
     """
     if name == "local":
         return local_data("runs/corpora")
     if Path(name).is_dir():
         from grug_native.corpus import local_text_data
+        from grug_native.documents import find_files
 
-        return local_text_data({"text": name}, cache_dir="runs/corpora")
+        files = find_files("--data", name, leave_out=[Path("runs"), Path(output_path or "runs")])
+        return local_text_data({"text": files}, cache_dir="runs/corpora")
     return hub_data(name, "runs/caches")
 
 
@@ -238,6 +269,8 @@ def print_run_info(size: str, *, num_train_steps: int | None = None) -> None:
     table.add_row("steps", f"{steps:,} of {config.trainer.batch_size_at(0)} sequences of {config.seq_len} tokens")
     table.add_row("model FLOPs", f"{tokens * flops.full:.3e} (attention counted causally: {tokens * flops.causal:.3e})")
     if size != "tiny":
+        epochs = tokens / DEFAULT_TOKENS
+        table.add_row("epochs", f"{epochs:.1f} of the default data, which hold about {DEFAULT_TOKENS:.0e} tokens")
         asked = resources(size)
         peak = asked.total_flops()
         hours = tokens * flops.full / peak / 3600
@@ -259,17 +292,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", action="store_true", help="run as a step of Marin's executor")
     parser.add_argument("--version", help="with --executor: dev, or YYYY.MM.DD (default: dev)")
     parser.add_argument("--cluster", help="with --executor: address of an Iris controller, http://HOST:PORT")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     configure_logging()
-    try:
+    with explained_exit("grugformer_speedrun", debug=arguments.debug):
         _run(arguments)
-    except (ValueError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(ExitCode.REFUSED) from None
 
 
 def _run(arguments: argparse.Namespace) -> None:
     size, steps = arguments.size, arguments.steps
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps={steps} must be at least 1; --plan is to look without training")
     executor_only = [name for name in ("version", "cluster") if getattr(arguments, name) is not None]
     if executor_only and not arguments.executor:
         raise ValueError(f"--{executor_only[0]} goes with --executor: add it, or leave this out")
@@ -284,11 +317,13 @@ def _run(arguments: argparse.Namespace) -> None:
         step = build_step(size, data=arguments.data, num_train_steps=steps, version=arguments.version or "dev")
         data = arguments.data or _default_data(size)
         if arguments.cluster is None and not _is_local(data):
-            check_tokenizer(hub_data(data, ""))  # Before marin downloads what was made with it.
+            _check_hub(data)  # Before marin downloads what was made with it.
         run = run_steps(step, cluster=arguments.cluster)
         print_results(run.results(), run.path)
         return
-    data = choose_data(arguments.data) if arguments.data else None
+    data = choose_data(arguments.data, output_path=arguments.output_path) if arguments.data else None
+    if arguments.data and not _is_local(arguments.data):
+        _check_hub(arguments.data)
     config = build_run(size, data=data, output_path=arguments.output_path, num_train_steps=steps)
     print_results(train_to_results(config), config.output_path)
 
