@@ -10,7 +10,7 @@ from levanter.grug.attention import AttentionMask
 
 from grug_native.mesh import create_mesh
 from grug_native.model import Transformer
-from grug_native.sample import KVCache, extend, generate
+from grug_native.sample import KVCache, extend, generate, on_one_device
 from tests.fixtures_run import SMALL_MODEL
 
 PROMPT = [7, 250, 3, 99, 12]
@@ -64,6 +64,9 @@ def test_a_mesh_changes_nothing(params: Transformer) -> None:
         assert len(spread.embed.sharding.device_set) == 4
         assert generate(spread, PROMPT, max_new_tokens=20, seed=3) == alone
     assert generate(spread, PROMPT, max_new_tokens=20, seed=3) == alone
+    local = on_one_device(spread)
+    assert generate(local, PROMPT, max_new_tokens=20, seed=3) == alone
+    assert on_one_device(local).embed.unsafe_buffer_pointer() == local.embed.unsafe_buffer_pointer()
 
 
 def test_the_seed_decides(params: Transformer) -> None:

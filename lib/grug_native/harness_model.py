@@ -12,7 +12,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from grug_native.sample import generate
+from grug_native.model import Transformer
+from grug_native.sample import generate, on_one_device
 from grug_native.scoring import Request, Scorer
 from grug_native.signals import leave_if_told_to_stop
 
@@ -121,9 +122,10 @@ class GrugLM(TemplateLM):
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues texts one by one, greedily or by sampling at a temperature, until a stop string or EOS."""
-        return [self._generate(*request.args, seed=number) for number, request in enumerate(requests)]
+        params = on_one_device(self._scorer.params)
+        return [self._generate(params, *request.args, seed=number) for number, request in enumerate(requests)]
 
-    def _generate(self, context: str, settings: dict[str, Any], *, seed: int) -> str:
+    def _generate(self, params: Transformer, context: str, settings: dict[str, Any], *, seed: int) -> str:
         leave_if_told_to_stop()
         arguments: dict[str, Any] = dict(normalize_gen_kwargs(settings, min(_DEFAULT_NEW_TOKENS, self.max_length // 2)))
         until = handle_stop_sequences(arguments.pop("until"), eos=self._text.eos_token)
@@ -140,7 +142,7 @@ class GrugLM(TemplateLM):
                 "positions of the model: lower it"
             )
         ids = generate(
-            self._scorer.params,
+            params,
             self.tok_encode(context)[-room:] or [self.prefix_token_id],
             max_new_tokens=max_new_tokens,
             temperature=temperature,

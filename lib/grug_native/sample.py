@@ -122,7 +122,8 @@ def generate(
     """Draws the tokens that follow a prompt.
 
     Args:
-        params: the model, laid out over any mesh; with several processes, each must call this.
+        params: the model, laid out over any mesh; with several processes, each must call this. For many texts, give
+            what `on_one_device` makes of it.
         prompt: token ids, at least one.
         max_new_tokens: at most so many are drawn.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -144,12 +145,11 @@ def generate(
             f"temperature={temperature} must not be negative, and top_k={top_k} must be null or lie in "
             f"[1, {config.vocab_size}]"
         )
-    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), AXIS_NAMES, axis_types=(AxisType.Auto,) * 3)
-    local = jax.tree.map(lambda leaf: _on_one_device(leaf, mesh), params)
+    local = on_one_device(params)
     length = min(_round_up(len(prompt) + max_new_tokens), config.max_seq_len)
     tokens = np.zeros(length, np.int32)
     tokens[: len(prompt)] = prompt
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(_one_device()):
         drawn, end = _generate(
             local,
             jnp.asarray(tokens),
@@ -258,8 +258,17 @@ def _round_up(length: int) -> int:
     return -(-length // _ROUNDED_TO) * _ROUNDED_TO
 
 
-def _on_one_device(leaf: Array, mesh: Mesh) -> Array:
-    """A copy of the whole array on this process's first device."""
-    if isinstance(leaf.sharding, NamedSharding):
-        leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-    return jax.device_put(leaf.addressable_data(0), NamedSharding(mesh, PartitionSpec()))
+def on_one_device(params: Transformer) -> Transformer:
+    """The whole model on this process's first device; if it is there already, it is not copied."""
+    here = NamedSharding(_one_device(), PartitionSpec())
+
+    def whole(leaf: Array) -> Array:
+        if isinstance(leaf.sharding, NamedSharding):
+            leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+        return jax.device_put(leaf.addressable_data(0), here)
+
+    return jax.tree.map(whole, params)
+
+
+def _one_device() -> Mesh:
+    return Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), AXIS_NAMES, axis_types=(AxisType.Auto,) * 3)
