@@ -11,7 +11,7 @@ from levanter.data.text.examples import GrugLmExample
 from grug_native import loss as loss_module
 from grug_native.loss import ComputeDtype, choose_cross_entropy, next_token_loss, per_token_loss
 from grug_native.mesh import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
-from grug_native.model import Transformer, shard_parameters
+from grug_native.model import Transformer
 from tests.fixtures_run import SMALL_MODEL, make_batch
 
 
@@ -76,14 +76,13 @@ def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> 
     np.testing.assert_allclose(gradient.blocks.attn.wq, expected_gradient.blocks.attn.wq, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["full", "blockwise"])
-def test_devices_along_the_model_axis_share_out_the_logits(name: str) -> None:
-    batch, config = make_batch(), replace(SMALL_MODEL, num_layers=1, cross_entropy=name)
+def test_devices_along_the_model_axis_share_out_the_logits() -> None:
+    batch, config = make_batch(), replace(SMALL_MODEL, num_layers=1, cross_entropy="blockwise")
 
     def flops(axes: MeshAxes) -> float:
         mesh = create_mesh(4, axes)
         with jax.set_mesh(mesh):
-            model = Transformer.init(config, key=jax.random.key(0))
+            model = eqx.filter_jit(Transformer.init)(config, key=jax.random.key(0))
             placed = jax.device_put(batch, batch_sharding(mesh))
             loss = jax.jit(jax.grad(lambda m, b: next_token_loss(m, b)))
             cost = loss.lower(model, placed).compile().cost_analysis()
@@ -93,15 +92,15 @@ def test_devices_along_the_model_axis_share_out_the_logits(name: str) -> None:
     assert flops(MeshAxes(data=2, model=2)) < 1.3 * flops(MeshAxes(data=4))
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_in_bf16_the_gradient_of_a_common_token_adds_up(devices: int) -> None:
+def test_in_bf16_the_gradient_of_a_common_token_adds_up() -> None:
     """It is a sum over tens of thousands of positions, which bf16's eight bits would not take in."""
-    model = Transformer.init(replace(SMALL_MODEL, num_layers=1), key=jax.random.key(0))
-    tokens = jax.random.geometric(jax.random.key(1), 0.3, (1024, 32), jnp.int32) % model.config.vocab_size
+    config = replace(SMALL_MODEL, num_layers=1)
+    tokens = jax.random.geometric(jax.random.key(1), 0.3, (1024, 32), jnp.int32) % config.vocab_size
     batch = GrugLmExample(tokens, jnp.ones(tokens.shape, jnp.float32), make_batch().attn_mask)
-    mesh = create_mesh(1024, MeshAxes(), devices=jax.devices()[:devices])
+    mesh = create_mesh(1024)
     with jax.set_mesh(mesh):
-        model, placed = shard_parameters(model), jax.device_put(batch, batch_sharding(mesh))
+        model = eqx.filter_jit(Transformer.init)(config, key=jax.random.key(0))
+        placed = jax.device_put(batch, batch_sharding(mesh))
 
         @eqx.filter_jit
         def gradient(model: Transformer, dtype: ComputeDtype) -> jax.Array:
