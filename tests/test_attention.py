@@ -1,5 +1,3 @@
-from typing import cast
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,8 +6,10 @@ import pytest
 from levanter.grug.attention import AttentionMask
 from levanter.grug.attention import reference_attention as levanter_reference
 
-from grug_native.attention import AttentionName, attention, choose_attention, dense_mask
+from grug_native.attention import AttentionName, AttentionShape, attention, choose_attention, dense_mask
+from grug_native.backend import Backend
 from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
+from tests.accelerators import AMPERE, CPU, HOPPER, TPU, TURING
 from tests.fixtures_run import make_batch
 
 
@@ -86,32 +86,56 @@ def test_xla_flash_equals_the_reference(kind: str) -> None:
     np.testing.assert_allclose(attention(*inputs, mask, implementation="xla_flash"), reference, atol=1e-5)
 
 
-def test_cudnn_refuses_packed_rows() -> None:
-    with pytest.raises(ValueError, match="without segment ids"):
-        attention(*qkv(32), make_batch(packed=True).attn_mask, implementation="cudnn")
+def shape(
+    *, seq_len: int = 1024, head_dim: int = 64, dtype: str = "bfloat16", packed: bool = False, window: bool = False
+) -> AttentionShape:
+    return AttentionShape(seq_len=seq_len, head_dim=head_dim, dtype=dtype, packed=packed, window=window)
 
 
 @pytest.mark.parametrize(
-    ("backend", "seq_len", "packed", "chosen"),
+    ("backend", "asked", "chosen", "words"),
     [
-        ("cpu", 512, False, "blocked"),
-        ("cpu", 512, True, "blocked"),
-        ("cpu", 8192, True, "xla_flash"),
-        ("gpu", 1024, False, "cudnn"),
-        ("gpu", 1024, True, "reference"),
-        ("gpu", 4096, True, "xla_flash"),
-        ("tpu", 2048, True, "tpu_splash"),
-        ("tpu", 100, True, "reference"),
+        (CPU, shape(), "blocked", "dense"),
+        (CPU, shape(packed=True), "blocked", "dense"),
+        (CPU, shape(seq_len=8192, packed=True), "xla_flash", "O(S)"),
+        (HOPPER, shape(), "cudnn", "fused"),
+        (HOPPER, shape(packed=True), "cudnn", "packed layout: fused"),
+        (HOPPER, shape(packed=True, window=True), "cudnn", "as a mask"),
+        (HOPPER, shape(head_dim=256), "cudnn", "fused"),
+        (HOPPER, shape(dtype="float32"), "reference", "not in float32"),
+        (HOPPER, shape(head_dim=36, seq_len=4096), "xla_flash", "36 features"),
+        (AMPERE, shape(packed=True), "cudnn", "as a mask"),
+        (AMPERE, shape(packed=True, seq_len=1023), "reference", "even number"),
+        (AMPERE, shape(head_dim=256), "reference", "up to 128"),
+        (TURING, shape(packed=True), "reference", "Ampere"),
+        (TPU, shape(seq_len=2048, packed=True), "tpu_splash", "TPU"),
+        (TPU, shape(seq_len=100, packed=True), "reference", "dense"),
     ],
 )
-def test_auto_chooses_by_backend_and_shape(backend: str, seq_len: int, packed: bool, chosen: str) -> None:
-    name, reason = choose_attention("auto", backend=backend, seq_len=seq_len, packed=packed)
-    assert name == chosen and reason
+def test_auto_chooses_by_backend_and_shape(
+    backend: Backend, asked: AttentionShape, chosen: AttentionName, words: str
+) -> None:
+    name, reason = choose_attention("auto", asked, backend)
+    assert name == chosen and words in reason
 
 
 def test_a_name_is_obeyed() -> None:
-    asked = cast(AttentionName, "xla_flash")
-    assert choose_attention(asked, backend="cpu", seq_len=8, packed=True)[0] == "xla_flash"
+    assert choose_attention("xla_flash", shape(), CPU) == ("xla_flash", "asked for by the config")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "words"),
+    [
+        ("cudnn", CPU, ["model.attention='cudnn'", "NVIDIA GPU", "'reference'"]),
+        ("tpu_splash", HOPPER, ["model.attention='tpu_splash'", "tpu, not on a gpu", "'auto'"]),
+        ("gpu_fa4_cute", CPU, ["model.attention='gpu_fa4_cute'", "gpu, not on a cpu", "'auto'"]),
+        ("gpu_fa4_cute", HOPPER, ["model.attention='gpu_fa4_cute'", "flash-attn-4", "'auto'"]),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_refused(name: AttentionName, backend: Backend, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        choose_attention(name, shape(), backend)
+    assert all(word in str(error.value) for word in words)
 
 
 def test_dense_mask_says_who_sees_whom() -> None:

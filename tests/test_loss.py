@@ -9,9 +9,11 @@ from jaxtyping import TypeCheckError
 from levanter.data.text.examples import GrugLmExample
 
 from grug_native import loss as loss_module
-from grug_native.loss import ComputeDtype, choose_cross_entropy, next_token_loss, per_token_loss
+from grug_native.backend import Backend
+from grug_native.loss import ComputeDtype, choose_block, choose_cross_entropy, next_token_loss, per_token_loss
 from grug_native.mesh import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
 from grug_native.model import Transformer
+from tests.accelerators import CPU, HOPPER, TPU, pretend
 from tests.fixtures_run import SMALL_MODEL, make_batch
 
 
@@ -183,3 +185,33 @@ def test_auto_chooses_by_backend_and_the_size_of_the_logits(
 
 def test_a_named_cross_entropy_is_obeyed() -> None:
     assert choose_cross_entropy("full", backend="cpu", tokens=10**6, vocab_size=10**6)[0] == "full"
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "vocab_size", "block"),
+    [
+        (CPU, 4096, 50_304, 1024),
+        (CPU, 100, 50_304, 100),
+        (TPU, 16_384, 128_256, 1024),
+        (HOPPER, 16_384, 50_304, 16_384),
+        (HOPPER, 16_384, 128_256, 8192),
+        (HOPPER, 17_000, 128_256, 5667),
+        (HOPPER._replace(memory=None), 4096, 50_304, 1024),
+    ],
+)
+def test_blocks_are_as_large_as_the_memory_of_a_gpu_lets_them(
+    backend: Backend, tokens: int, vocab_size: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 1024)
+    assert choose_block(tokens, vocab_size, backend) == block
+
+
+def test_blocks_that_are_unrolled_change_nothing() -> None:
+    params = Transformer.init(replace(SMALL_MODEL, cross_entropy="blockwise"), key=jax.random.key(0))
+    run = jax.jit(jax.value_and_grad(lambda params: next_token_loss(params, make_batch())))
+    looped = run(params)
+    # A GPU with memory for the logits of 50 tokens.
+    with pretend(HOPPER._replace(memory=16 * 50 * 4 * SMALL_MODEL.vocab_size, cuda_capability=None)):
+        unrolled = run(params)
+    for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

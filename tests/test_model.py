@@ -12,10 +12,20 @@ from levanter.data.text.examples import GrugLmExample, named_lm_example_from_gru
 from levanter.grug.attention import AttentionMask
 
 from experiments.benchmarks.peers.levanter_llama import to_llama
+from grug_native.backend import Backend
 from grug_native.loss import next_token_loss
 from grug_native.mesh import MeshAxes, create_mesh
-from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer, parameter_kind
+from grug_native.model import (
+    MODEL_PRESETS,
+    GrugModelConfig,
+    RematName,
+    Transformer,
+    choose_remat,
+    choose_scan,
+    parameter_kind,
+)
 from grug_native.rotary import GrugRopeConfig
+from tests.accelerators import CPU, HOPPER, TPU
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
 
 VARIANTS = {
@@ -166,3 +176,57 @@ def test_every_parameter_is_annotated_with_its_shape() -> None:
 
 def test_a_config_is_hashable_data() -> None:
     assert hash(SMALL_MODEL) == hash(GrugModelConfig(**vars(SMALL_MODEL)))
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("backend", "layers", "scanned"),
+    [(CPU, 48, False), (CPU, 49, True), (HOPPER, 24, False), (HOPPER, 64, True), (TPU, 8, False), (TPU, 24, True)],
+)
+def test_many_layers_are_scanned(backend: Backend, layers: int, scanned: bool) -> None:
+    assert choose_scan(replace(SMALL_MODEL, num_layers=layers), backend)[0] is scanned
+    assert choose_scan(replace(SMALL_MODEL, num_layers=layers, scan_layers=not scanned), backend)[0] is not scanned
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "shards", "memory", "remat"),
+    [
+        ("1_2b", 8 * 2048, 1, None, "none"),
+        ("1_2b", 8 * 2048, 1, 139 * GIB, "none"),
+        ("1_2b", 16 * 2048, 1, 80 * GIB, "dots"),
+        ("1_2b", 64 * 2048, 1, 80 * GIB, "full"),
+        ("1_2b", 8 * 2048, 1, 80 * GIB, "none"),
+        ("1_2b", 16 * 2048, 8, 80 * GIB, "dots"),
+        ("1_2b", 12 * 2048, 8, 80 * GIB, "none"),
+        ("1_2b", 2048, 1, 16 * GIB, "full"),
+    ],
+)
+def test_no_more_is_recomputed_than_memory_asks_for(
+    size: str, tokens: int, shards: int, memory: int | None, remat: str
+) -> None:
+    config = MODEL_PRESETS[size]
+    name, reason = choose_remat(config, HOPPER._replace(memory=memory), tokens=tokens, shards=shards)
+    assert (name, bool(reason)) == (remat, True)
+    asked = replace(config, remat="dots")
+    assert choose_remat(asked, HOPPER, tokens=tokens, shards=shards) == ("dots", "asked for by the config")
+
+
+def test_recomputing_more_holds_less() -> None:
+    config = replace(
+        SMALL_MODEL, hidden_dim=64, intermediate_dim=256, num_layers=8, num_kv_heads=4, attention="reference"
+    )
+    batch = make_batch(batch=64, seq_len=32)
+    params = Transformer.init(config, key=jax.random.key(0))
+
+    def working(remat: RematName) -> float:
+        model = Transformer(
+            params.embed, params.blocks, params.final_norm, params.lm_head, replace(config, remat=remat)
+        )
+        usage = jax.jit(jax.grad(lambda m: next_token_loss(m, batch))).lower(model).compile().memory_analysis()
+        assert usage is not None
+        return usage.temp_size_in_bytes
+
+    names: tuple[RematName, ...] = ("none", "dots", "full")
+    assert sorted(names, key=working, reverse=True) == list(names)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from grug_native.process import GPU_FLAGS, with_gpu_flags
+
 PROGRAM = """
 import os, sys
 from grug_native.process import prepare_process
@@ -33,3 +35,17 @@ def test_a_program_is_started_again_once_with_huge_pages(tmp_path: Path) -> None
 def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
     first, last = run(tmp_path, GLIBC_TUNABLES="", JAX_COMPILATION_CACHE_DIR="mine")
     assert last == f"{first}  mine ['an argument', '--flag']"
+
+
+def test_settings_for_a_gpu_leave_those_of_the_user_alone() -> None:
+    (flag,) = GPU_FLAGS
+    assert with_gpu_flags("") == flag
+    assert with_gpu_flags("--xla_dump_to=x") == f"--xla_dump_to=x {flag}"
+    mine = flag.replace("false", "true")
+    assert with_gpu_flags(mine) == mine
+
+
+def test_xla_knows_the_settings_for_a_gpu() -> None:
+    program = "import jax; jax.jit(lambda x: x + 1)(1)"  # An unknown one ends the process.
+    environment = {**os.environ, "XLA_FLAGS": with_gpu_flags(""), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -172,7 +172,7 @@ def report_on(devices: int, size: str, layers: int | None, remat: RematName | No
     use_cpu_devices(devices)
     config = build_run(size, data=LmDataConfig())
     # Attention over the whole square, which the count of operations knows; kernels skip the masked half.
-    model = replace(config.model, attention="reference", remat=remat or config.model.remat)
+    model = replace(config.model, attention="reference", scan_layers=True, remat=remat or "dots")
     model = replace(model, num_layers=layers or model.num_layers)
     batch = max(config.trainer.batch_size_at(0), devices)
     trainer = replace(config.trainer, train_batch_size=batch, compute_dtype="bfloat16")
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="1_2b")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--layers", type=int, help="fewer layers than the size has, to be quick")
-    parser.add_argument("--remat", choices=["none", "dots", "full"], help="what to recompute (default: as the size)")
+    parser.add_argument("--remat", choices=["none", "dots", "full"], help="what to recompute (default: dots)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args(argv)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:

@@ -1,24 +1,37 @@
 """Causal attention by name. Every implementation computes the same function; `choose_attention` says which one and why.
 
 Names: `reference` (plain XLA, scores in f32), `blocked` (the same, without the blocks that the mask hides), `cudnn`
-(`jax.nn.dot_product_attention`), and levanter's `xla_flash`, `gpu_fa4_cute` and `tpu_splash`, which are imported when
-they are asked for.
+(see `grug_native.cudnn`), and levanter's `xla_flash`, `gpu_fa4_cute` and `tpu_splash`, which are imported when they are
+asked for.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from grug_native.mesh import BATCH_AXES, out_sharding
+from grug_native.backend import Backend, current_backend
+from grug_native.cudnn import PackedRows, causal_attention, masked_attention, pack_rows, packed_attention
+from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, out_sharding
 from grug_native.types import AttentionMask
 
 AttentionName = Literal["auto", "reference", "blocked", "xla_flash", "cudnn", "gpu_fa4_cute", "tpu_splash"]
 """An attention implementation; `auto` lets `choose_attention` decide."""
 
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
+
+_WANTED_BACKEND: dict[AttentionName, str] = {"gpu_fa4_cute": "gpu", "tpu_splash": "tpu"}
+
+_HOPPER = (9, 0)
+"""Compute capability from which cuDNN has a packed layout, and heads of up to 256 features."""
 
 _HIDDEN = -1e9
 """Score of a key that the mask hides: its weight is 0 in f32."""
@@ -28,26 +41,118 @@ _MOST_QUERY_BLOCKS = 8
 """More blocks save less and less of the upper triangle, and take longer to compile."""
 
 
-def choose_attention(name: AttentionName, *, backend: str, seq_len: int, packed: bool) -> tuple[AttentionName, str]:
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What the choice of an implementation depends on."""
+
+    seq_len: int
+    """Positions of a sequence."""
+    head_dim: int
+    """Features of a head."""
+    dtype: str
+    """Dtype of queries, keys and values."""
+    packed: bool
+    """Whether the batch has segment ids."""
+    window: bool = False
+    """Whether a query sees only so many positions."""
+    causal: bool = True
+    """Whether later positions are hidden."""
+
+
+def choose_attention(name: AttentionName, shape: AttentionShape, backend: Backend) -> tuple[AttentionName, str]:
     """Resolves `auto`, and gives the reason in words.
 
     Args:
         name: what the config says.
-        backend: `jax.default_backend()`.
-        seq_len: positions of a sequence.
-        packed: whether the batch has segment ids.
+        shape: of the inputs.
+        backend: that computes.
+
+    Raises:
+        ValueError: if the implementation that the config names does not take such inputs on this backend.
     """
+    obstacle = _cudnn_obstacle(shape, backend)
+    if name == "cudnn" and obstacle is not None:
+        raise ValueError(f"model.attention='cudnn' does not serve here: {obstacle}. Use 'auto' or 'reference'")
+    wanted = _WANTED_BACKEND.get(name, backend.name)
+    if backend.name != wanted:
+        raise ValueError(f"model.attention={name!r} runs on a {wanted}, not on a {backend.name}: use 'auto'")
+    if name == "gpu_fa4_cute" and find_spec("cutlass") is None:
+        raise ValueError(
+            f"model.attention={name!r} needs the packages nvidia-cutlass-dsl[cu13] and flash-attn-4: install them, or "
+            "use 'auto'"
+        )
     if name != "auto":
         return name, "asked for by the config"
-    if backend == "tpu" and seq_len % 128 == 0:
+    if backend.name == "tpu" and shape.seq_len % 128 == 0:
         return "tpu_splash", "the TPU kernel, which skips masked blocks"
-    if backend == "gpu" and not packed:
-        return "cudnn", "fused and O(S) in memory; takes no segment ids"
-    if backend != "tpu" and seq_len > 2048:
-        return "xla_flash", "O(S) in memory where others would hold S x S scores"
-    if backend == "cpu":
+    if backend.name == "gpu" and obstacle is None:
+        if not shape.packed:
+            return "cudnn", "fused and O(S) in memory"
+        if takes_packed_rows(shape, backend):
+            return "cudnn", "its packed layout: fused, O(S) in memory, and a document costs by its own length"
+        return "cudnn", "fused, with the documents as a mask of S x S: its packed layout needs Hopper and no window"
+    why_not = f" (not cuDNN: {obstacle})" if backend.name == "gpu" else ""
+    if backend.name != "tpu" and shape.seq_len > 2048:
+        return "xla_flash", f"O(S) in memory where others would hold S x S scores{why_not}"
+    if backend.name == "cpu":
         return "blocked", "dense products, less the blocks above the diagonal"
-    return "reference", "dense products; nothing faster for such a batch has been measured on this backend"
+    return "reference", f"dense products; nothing faster takes such a batch on this backend{why_not}"
+
+
+def _cudnn_obstacle(shape: AttentionShape, backend: Backend) -> str | None:
+    """Why cuDNN's attention cannot be had, if it cannot; as `check_is_flash_attention` in `jax._src.cudnn` has it."""
+    capability = backend.cuda_capability
+    if capability is None or capability < (8, 0):
+        return "it needs an NVIDIA GPU of the Ampere generation or later"
+    if shape.dtype not in ("bfloat16", "float16"):
+        return f"it computes in bfloat16, not in {shape.dtype}"
+    largest = 256 if capability >= _HOPPER else 128
+    if shape.head_dim % 8 != 0 or shape.head_dim > largest:
+        return f"heads of {shape.head_dim} features are no multiple of 8 up to {largest}"
+    if (shape.packed or not shape.causal) and shape.seq_len % 2 != 0:
+        return f"with a mask it needs an even number of positions, not {shape.seq_len}"
+    return None
+
+
+def takes_packed_rows(shape: AttentionShape, backend: Backend) -> bool:
+    """Whether cuDNN can be told where the documents are, and need not be given a mask."""
+    hopper = backend.cuda_capability is not None and backend.cuda_capability >= _HOPPER
+    return shape.packed and shape.causal and not shape.window and hopper
+
+
+class PackedMask(eqx.Module):
+    """A causal mask of documents, with what cuDNN has to know of them, worked out once for all layers."""
+
+    segment_ids: tuple[Int[Array, "B S"], Int[Array, "B S"]]
+    """As in `AttentionMask`."""
+    rows: PackedRows
+    """Where the documents are."""
+    is_causal: bool = eqx.field(static=True, default=True)
+    """As in `AttentionMask`."""
+    sliding_window: int | None = eqx.field(static=True, default=None)
+    """As in `AttentionMask`."""
+
+
+def prepare_mask(
+    mask: AttentionMask, *, seq_len: int, head_dim: int, dtype: str, implementation: AttentionName
+) -> AttentionMask:
+    """The same mask, with what the implementation wants to know of it; to be called once, outside of the layers."""
+    shape, backend = _shape(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype), current_backend()
+    name, _ = choose_attention(implementation, shape, backend)
+    if name != "cudnn" or not takes_packed_rows(shape, backend) or mask.segment_ids is None:
+        return mask
+    return PackedMask(mask.segment_ids, pack_rows(mask.segment_ids[0]))
+
+
+def _shape(mask: AttentionMask, *, seq_len: int, head_dim: int, dtype: str) -> AttentionShape:
+    return AttentionShape(
+        seq_len=seq_len,
+        head_dim=head_dim,
+        dtype=dtype,
+        packed=mask.segment_ids is not None,
+        window=mask.sliding_window is not None,
+        causal=mask.is_causal,
+    )
 
 
 def dense_mask(mask: AttentionMask, queries: range, keys: range) -> Bool[Array, "#B Q K"]:
@@ -137,12 +242,33 @@ def _merge_groups(context: Float[Array, "B S N G E"]) -> Float[Array, "B S H E"]
 def _cudnn_attention(
     q: Float[Array, "B S H E"], k: Float[Array, "B S N E"], v: Float[Array, "B S N E"], mask: AttentionMask
 ) -> Float[Array, "B S H E"]:
-    if mask.segment_ids is not None or not mask.is_causal:
-        raise ValueError("attention='cudnn' takes causal masks without segment ids: use 'reference' or 'gpu_fa4_cute'")
-    window = None if mask.sliding_window is None else (mask.sliding_window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=window, implementation="cudnn", scale=1 / math.sqrt(q.shape[-1])
-    )
+    if isinstance(mask, PackedMask):
+        return _per_shard(packed_attention, q, k, v, mask.segment_ids[0], mask.rows)
+    if mask.segment_ids is None and mask.is_causal:
+        return _per_shard(partial(causal_attention, window=mask.sliding_window), q, k, v)
+    positions = range(q.shape[1])
+    dense = dense_mask(mask, positions, positions)
+    dense = jnp.broadcast_to(dense, (q.shape[0], *dense.shape[1:]), out_sharding=out_sharding(BATCH_AXES, None, None))
+    return _per_shard(partial(masked_attention, is_causal=mask.is_causal), q, k, v, dense)
+
+
+def _per_shard(
+    function: Callable[..., Array],
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S N E"],
+    v: Float[Array, "B S N E"],
+    *of_batch: PyTree[Array],
+) -> Float[Array, "B S H E"]:
+    """Runs a kernel that knows nothing of meshes on each device's sequences and heads.
+
+    Without this, what it returns carries no sharding under an explicit mesh, and its gradient cannot be reshaped.
+    """
+    if not explicit_mesh():
+        return function(q, k, v, *of_batch)
+    heads, rows = PartitionSpec(BATCH_AXES, None, "model", None), PartitionSpec(BATCH_AXES)
+    in_specs = (heads, heads, heads, *(rows for _ in of_batch))
+    placed = jax.tree.map(lambda x: constrain(x, BATCH_AXES, *(None for _ in x.shape[1:])), of_batch)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=heads, check_vma=False)(q, k, v, *placed)
 
 
 def attention(
@@ -153,15 +279,21 @@ def attention(
     *,
     implementation: AttentionName = "auto",
 ) -> Float[Array, "B S H E"]:
-    """Attention of `q` over `k` and `v` under `mask`, by the named implementation."""
-    name, _ = choose_attention(
-        implementation, backend=jax.default_backend(), seq_len=q.shape[1], packed=mask.segment_ids is not None
-    )
+    """Attention of `q` over `k` and `v` under `mask`, by the named implementation.
+
+    Raises:
+        ValueError: if it does not take such inputs on this backend.
+    """
+    seq_len, head_dim, dtype = q.shape[1], q.shape[-1], q.dtype.name
+    shape = _shape(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype)
+    name, _ = choose_attention(implementation, shape, current_backend())
     if name == "reference":
         return reference_attention(q, k, v, mask)
     if name == "blocked":
         return blocked_attention(q, k, v, mask)
     if name == "cudnn":
+        if not isinstance(mask, PackedMask):
+            mask = prepare_mask(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype, implementation=implementation)
         return _cudnn_attention(q, k, v, mask)
     from levanter.grug import attention as levanter_attention
 

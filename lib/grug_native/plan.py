@@ -18,14 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grug_native.attention import choose_attention
+from grug_native.attention import AttentionShape, choose_attention
+from grug_native.backend import current_backend
 from grug_native.checkpoint_leaves import state_bytes
 from grug_native.debug import lower_step
-from grug_native.loss import choose_cross_entropy
+from grug_native.loss import choose_block, choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
+from grug_native.model import choose_remat, choose_scan
 from grug_native.parts import RunParts
-from grug_native.process import CACHE_VARIABLE, TUNABLES_VARIABLE
+from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
 from grug_native.train import train_step
@@ -182,35 +184,41 @@ def _mixture(parts: RunParts) -> MixtureStages:
 
 
 def _choices(parts: RunParts) -> tuple[Choice, ...]:
-    config, backend = parts.config, jax.default_backend()
+    config, backend = parts.config, current_backend()
     model, dtype = config.model, parts.step_config.compute_dtype
+    mesh = parts.mesh.shape
     sequences = max(size for _, size in config.trainer.batch_stages)
-    tokens = sequences * config.seq_len // (parts.mesh.shape["replica_dcn"] * parts.mesh.shape["data"])
-    attention = choose_attention(
-        model.attention, backend=backend, seq_len=config.seq_len, packed=config.data.block_cross_document_attention
+    tokens = sequences * config.seq_len // (mesh["replica_dcn"] * mesh["data"])
+    shape = AttentionShape(
+        seq_len=config.seq_len,
+        head_dim=model.features_per_head,
+        dtype=dtype,
+        packed=config.data.block_cross_document_attention,
     )
-    cross_entropy = choose_cross_entropy(
-        model.cross_entropy, backend=backend, tokens=tokens, vocab_size=model.vocab_size
+    cross_entropy, reason = choose_cross_entropy(
+        model.cross_entropy, backend=backend.name, tokens=tokens, vocab_size=model.vocab_size
     )
+    if cross_entropy == "blockwise":
+        # Devices along `model` share out the positions.
+        block = choose_block(tokens // mesh["model"], model.vocab_size, backend)
+        reason = f"{reason}; {block:,} tokens at a time"
+    scan, why_scanned = choose_scan(model, backend)
     asked = config.trainer.compute_dtype != "auto"
+    flags = os.environ.get(FLAGS_VARIABLE, "")
     return (
-        Choice("attention", *attention),
-        Choice("cross-entropy", *cross_entropy),
-        Choice("compute dtype", dtype, "asked for by the config" if asked else f"the faster one on {backend}"),
-        Choice(
-            "layers",
-            "scanned" if model.scan_layers else "unrolled",
-            "compile fast" if model.scan_layers else "run faster than scanned ones",
-        ),
+        Choice("attention", *choose_attention(model.attention, shape, backend)),
+        Choice("cross-entropy", cross_entropy, reason),
+        Choice("compute dtype", dtype, "asked for by the config" if asked else f"the faster one on {backend.name}"),
+        Choice("layers", "scanned" if scan else "unrolled", why_scanned),
         Choice(
             "recomputed",
-            model.remat,
-            "asked for by the config" if model.remat != "none" else "all activations are kept",
+            *choose_remat(model, backend, tokens=tokens, shards=mesh["data"] * mesh["model"]),
         ),
+        *(Choice("XLA flag", flag, reason) for flag, reason in GPU_FLAGS.items() if flag in flags.split()),
         *(
             Choice(variable, os.environ.get(variable) or "not set", reason)
             for variable, reason in (
-                ("XLA_FLAGS", "the user's"),
+                (FLAGS_VARIABLE, "the user's, and what a program adds for a GPU"),
                 (TUNABLES_VARIABLE, "huge pages make the steps of a CPU a tenth faster; a program sets it"),
                 (CACHE_VARIABLE, "what is compiled is kept there; a program sets it"),
             )

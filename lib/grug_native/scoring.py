@@ -5,7 +5,7 @@ Everything here is a pure function of its arguments, the same on every process o
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import equinox as eqx
@@ -184,8 +184,6 @@ def _score_batch(
     from levanter.grug.attention import AttentionMask
 
     model = cast_parameters(params, compute_dtype)
-    if model.config.attention == "cudnn":  # It takes no segments.
-        model = replace(model, config=replace(model.config, attention="auto"))
     hidden = model(tokens, AttentionMask.causal().with_segment_ids(segments))
     head = constrain(model.lm_head, None, "model")
 

@@ -99,7 +99,7 @@ def build_run(
     if steps is None:
         steps = TOKENS_PER_PARAMETER * parameter_counts(model)["total"] // (batch * seq_len)
     return GrugNativeRunConfig(
-        model=replace(model, scan_layers=True, remat="dots"),
+        model=model,
         data=data or hub_data("fineweb-edu", "runs/caches"),
         optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
         trainer=GrugTrainerConfig(

@@ -1,0 +1,153 @@
+"""What an accelerator is given lowers for it, on a machine that has none: kernels, meshes, batches and layers."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import Array
+
+from grug_native.attention import AttentionName
+from grug_native.backend import Backend
+from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage]
+from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
+from grug_native.model import GrugModelConfig, RematName, Transformer
+from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.sample import _generate  # pyright: ignore[reportPrivateUsage]
+from grug_native.scoring import _score_batch  # pyright: ignore[reportPrivateUsage]
+from grug_native.state import GrugTrainState, init_train_state
+from grug_native.train import GrugStepConfig, lower_train_step
+from tests.accelerators import AMPERE, HOPPER, PLATFORM, TPU, pretend
+from tests.fixtures_run import SMALL_MODEL, make_batch
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from levanter.data.text.examples import GrugLmExample
+
+SEQ_LEN = 256
+
+MODEL = replace(SMALL_MODEL, hidden_dim=64, max_seq_len=SEQ_LEN, cross_entropy="blockwise")
+ADAMW = GrugOptimizerConfig()
+BF16 = GrugStepConfig(compute_dtype="bfloat16")
+
+MESHES = {
+    "one device": (1, MeshAxes()),
+    "data": (4, MeshAxes()),
+    "data x model": (4, MeshAxes(data=2, model=2)),
+    "replicas": (4, MeshAxes(replica_dcn=2, data=2)),
+}
+
+KERNELS: list[tuple[Backend, AttentionName]] = [
+    (HOPPER, "cudnn"),
+    (HOPPER, "reference"),
+    (HOPPER, "xla_flash"),
+    (AMPERE, "cudnn"),
+    (TPU, "tpu_splash"),
+    (TPU, "reference"),
+    (TPU, "xla_flash"),
+]
+
+
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with pretend(request.param):
+        yield request.param
+
+
+def mesh_of(name: str) -> "Mesh":
+    count, axes = MESHES[name]
+    return create_mesh(4, axes, devices=jax.devices()[:count])
+
+
+@cache
+def abstract_batch(mesh: str, packed: bool, window: int | None = None) -> "GrugLmExample":
+    batch = make_batch(packed=packed, seq_len=SEQ_LEN)
+    batch = replace(batch, attn_mask=replace(batch.attn_mask, sliding_window=window))
+    sharding = batch_sharding(mesh_of(mesh))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+
+
+def abstract_state(model: GrugModelConfig, optimizer: GrugOptimizer, *, ema: bool = False) -> GrugTrainState:
+    return eqx.filter_eval_shape(lambda: init_train_state(model, optimizer, key=jax.random.key(0), ema=ema))
+
+
+def step_text(
+    device: Backend,
+    model: GrugModelConfig,
+    optimizer: GrugOptimizerConfig,
+    batch: "GrugLmExample",
+    step: GrugStepConfig,
+) -> str:
+    chosen = GrugOptimizer(optimizer, 10)
+    state = abstract_state(model, chosen, ema=step.ema_beta is not None)
+    platforms = (PLATFORM[device.name],)
+    return lower_train_step(chosen, state, batch, config=step, platforms=platforms).as_text()
+
+
+def text_of(device: Backend, function: Callable[..., object], *arguments: object) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(PLATFORM[device.name],)).as_text()
+
+
+KERNEL_CALLS = {"cudnn": "__cudnn$fmha", "tpu_splash": "tpu_custom_call"}
+
+
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+@pytest.mark.parametrize("rows", ["packed", "whole"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("device", "attention"),
+    KERNELS,
+    ids=["hopper-cudnn", "gpu-reference", "gpu-xla_flash", "ampere-cudnn", "tpu-splash", "tpu-reference", "tpu-flash"],
+    indirect=["device"],
+)
+def test_the_train_step_lowers(device: Backend, attention: AttentionName, mesh: str, rows: str, layers: str) -> None:
+    model = replace(MODEL, attention=attention, scan_layers=layers == "scanned")
+    with jax.set_mesh(mesh_of(mesh)):
+        text = step_text(device, model, ADAMW, abstract_batch(mesh, rows == "packed"), BF16)
+    assert attention not in KERNEL_CALLS or KERNEL_CALLS[attention] in text
+    # With cuDNN's packed layout, a mask stands ready for a batch that does not fit it.
+    assert ("stablehlo.case" in text) == (attention == "cudnn" and device == HOPPER and rows == "packed")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("device", [HOPPER, TPU], ids=["gpu", "tpu"], indirect=True)
+def test_all_options_together_lower(device: Backend, window: int | None, remat: RematName) -> None:
+    step = replace(BF16, ema_beta=0.9, skip_nonfinite=True, z_loss_weight=1e-4)
+    mesh = "data x model"
+    with jax.set_mesh(mesh_of(mesh)):
+        batch = abstract_batch(mesh, packed=True, window=window)
+        assert step_text(device, replace(MODEL, remat=remat), GrugOptimizerConfig(kind="muon"), batch, step)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("device", [HOPPER, AMPERE, TPU], ids=["hopper", "ampere", "tpu"], indirect=True)
+def test_evaluation_and_scorer_lower(device: Backend, mesh: str) -> None:
+    def evaluate(params: Transformer, batch: "GrugLmExample", tags: Array) -> object:
+        return _position_losses(params, batch, tags, None, "bfloat16")
+
+    def score(params: Transformer, ids: Array) -> object:
+        return _score_batch(params, ids, ids, ids, "bfloat16")
+
+    with jax.set_mesh(mesh_of(mesh)):
+        params = abstract_state(MODEL, GrugOptimizer(ADAMW, 10)).params
+        batch = abstract_batch(mesh, packed=True)
+        for text in (
+            text_of(device, evaluate, params, batch, batch.tokens),
+            text_of(device, score, params, batch.tokens),
+        ):
+            assert KERNEL_CALLS["tpu_splash" if device == TPU else "cudnn"] in text
+
+
+@pytest.mark.parametrize("device", [HOPPER, TPU], ids=["gpu", "tpu"], indirect=True)
+def test_the_sampler_lowers(device: Backend) -> None:
+    def generate(params: Transformer, tokens: Array, number: Array, key: Array) -> object:
+        temperature = number.astype(jnp.float32)
+        return _generate(params, tokens, number, number, temperature, number, key, 64, 5, "bfloat16")
+
+    params = eqx.filter_eval_shape(Transformer.init, MODEL, key=jax.random.key(0))
+    assert text_of(device, generate, params, jnp.zeros(128, jnp.int32), jnp.asarray(1), jax.random.key(0))
