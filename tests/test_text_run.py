@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from grug_native.config import config_from_dict, config_to_dict
+from grug_native.documents import find_files
 from grug_native.metrics import parameter_counts
 from grug_native.runner import GrugRunner
 from grug_native.text_run import choose_model, choose_steps, text_domains, text_run
@@ -30,15 +31,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "my notes"
 
 
-def test_kinds_of_little_text_are_no_domains_of_their_own(folder: Path) -> None:
-    domains = text_domains(folder)
-    assert {name: len(files) for name, files in domains.items()} == {"py": 10, "md": 2}
+def test_domains_of_little_text_are_none_of_their_own(folder: Path) -> None:
+    files = find_files("x", folder).files
+    domains = text_domains(folder, {file: file.stat().st_size for file in files})
+    assert {name: len(files) for name, files in domains.items()} == {"md": 2, "py": 10}
     assert {file.name for file in domains["py"]} >= {"c.txt", "d.rst", "7.py"}
 
 
 def test_a_run_of_a_folder(folder: Path, tmp_path: Path) -> None:
     config = text_run(folder, runs=tmp_path / "runs")
-    assert Path(config.output_path) == tmp_path / "runs" / "my-notes"
+    assert Path(config.output_path) == tmp_path / "runs" / "my notes"
     assert config.data.train_weights == {"py": pytest.approx(355 / 495), "md": pytest.approx(140 / 495)}
     assert config.trainer.batch_size_at(0) % 4 == 0
     assert len(config.eval.sample_prompts) == 2
@@ -57,20 +59,20 @@ def test_a_run_of_a_folder(folder: Path, tmp_path: Path) -> None:
 def test_one_file_is_a_domain(tmp_path: Path) -> None:
     write(tmp_path, "verses.txt", 200_000)
     config = text_run(tmp_path / "verses.txt", runs=tmp_path / "runs")
-    assert list(config.data.components) == ["txt"]
+    assert list(config.data.components) == ["verses"]
     assert Path(config.output_path).name == "verses"
 
 
 def test_what_runs_write_is_no_text(folder: Path) -> None:
     runs = folder / "runs"
     config = text_run(folder, runs=runs)
-    for written in (runs / "my-notes" / "metrics.jsonl", folder / "mine" / "samples.md", folder / ".hidden" / "a.py"):
+    for written in (runs / "my notes" / "metrics.jsonl", folder / "mine" / "samples.md", folder / ".hidden" / "a.py"):
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text("{}\n")
     again = text_run(folder, runs=runs, output_path=str(folder / "mine"))
     assert again.data == config.data
     assert again.output_path == str(folder / "mine")
-    with pytest.raises(ValueError, match=r"is where the texts are, and .* give another folder, such as .*my-notes-run"):
+    with pytest.raises(ValueError, match=r"is where the texts are, and .* give another folder, such as .*my notes-run"):
         text_run(folder, runs=runs, output_path=f"{folder}/")
 
 
@@ -82,7 +84,7 @@ def test_a_suffix_may_be_in_capitals_and_the_first_rows_empty(tmp_path: Path) ->
     )
     write(tmp_path / "texts", "c.TXT", 200_000)
     config = text_run(tmp_path / "texts", runs=tmp_path / "runs")
-    assert list(config.data.components) == ["jsonl", "txt"]
+    assert list(config.data.components) == ["b", "texts"]
     assert config.eval.sample_prompts[0].startswith("document0")
 
 
