@@ -240,7 +240,7 @@ def test_what_a_killed_maker_left_is_swept_and_a_living_one_s_is_not(tmp_path: P
 
 
 def test_a_module_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match="trying failed: .*No module named grug_native.none"):
+    with pytest.raises(RuntimeError, match=r"trying failed: .*No module named grug_native\.none"):
         run_module(["grug_native.none"], "trying")
 
 

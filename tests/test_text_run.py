@@ -1,6 +1,10 @@
+import gzip
 import json
+import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grug_native.config import config_from_dict, config_to_dict
@@ -113,3 +117,80 @@ def test_steps_show_the_text_a_few_times_within_what_a_cpu_can_do() -> None:
     assert choose_steps(10_000, 2048) == 100
     assert choose_steps(100_000, 2048) == 195
     assert choose_steps(10**9, 2048) == choose_steps(10**12, 2048) <= 256 * 16
+
+
+def _domains(root: Path, *names: str) -> dict[str, list[str]]:
+    files = [root / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = text_domains(root, dict.fromkeys(files, 10**6))
+    return {domain: [str(file.relative_to(root)) for file in members] for domain, members in found.items()}
+
+
+def test_domains_are_named_after_folders_and_files(tmp_path: Path) -> None:
+    assert _domains(tmp_path / "a", "wiki/0.parquet", "wiki/1.parquet", "books/x/0.jsonl.gz") == {
+        "books": ["books/x/0.jsonl.gz"],
+        "wiki": ["wiki/0.parquet", "wiki/1.parquet"],
+    }
+    assert _domains(tmp_path / "my data", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet") == {
+        "my-data": ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    }
+    assert list(_domains(tmp_path / "b", "news-1.jsonl", "news-2.jsonl", "日本語.csv", "0001.json")) == [
+        "b",
+        "news",
+        "日本語",
+    ]
+    assert list(_domains(tmp_path / "c", "shakespeare/a.txt", "milton/b.txt", "c.txt")) == [
+        "c",
+        "milton",
+        "shakespeare",
+    ]
+    assert list(_domains(tmp_path / "d", "one/a.py", "two/b.md", "rows.jsonl")) == ["md", "py", "rows"]
+    assert list(_domains(tmp_path / "train", "a.txt")) == ["text"]
+
+
+def test_sizes_are_those_of_the_text(tmp_path: Path) -> None:
+    texts = [make_text(seed, 2000) for seed in range(20)]
+    size = sum(len(text.encode()) for text in texts)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    numbers = [[float(n * seed) for n in range(20_000)] for seed in range(20)]
+    pq.write_table(pa.table({"text": texts, "embedding": numbers}), folder / "fat.parquet")
+    fat = text_run(folder, runs=tmp_path / "runs")
+    assert (folder / "fat.parquet").stat().st_size > 5 * size
+    (folder / "fat.parquet").unlink()
+    with gzip.open(folder / "thin.jsonl.gz", "wt") as rows:
+        rows.writelines(f"{json.dumps({'text': text})}\n" for text in texts)
+    assert (folder / "thin.jsonl.gz").stat().st_size < 100_000 < size
+    thin = text_run(folder, runs=tmp_path / "runs")
+    assert (thin.trainer, thin.model, thin.eval) == (fat.trainer, fat.model, fat.eval)
+    assert fat.trainer.num_train_steps == choose_steps(int(size / 3.2), 2048)
+
+
+def test_it_says_what_was_read_passed_over_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[str | None] = [None, "", *(make_text(seed, 2000) for seed in range(12)), make_text(0, 2000)]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps({'body': text})}\n" for text in rows))
+    (folder / "paper.pdf").write_text("%PDF")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            config = text_run(folder, runs=tmp_path / "runs", text_key="body")
+        for words in (
+            r"mine: read 1 \.jsonl with 12 documents, [\d,]+ bytes of text",
+            "passed over 1 empty, 1 null, 1 repeated",
+            r"left out 1 \(of no kind that is read: paper\.pdf\)",
+            r"rows: train \d+ documents, [\d,]+ bytes, [\d,]+ tokens; held out \d+ documents?, .* of the bytes",
+        ):
+            assert re.search(words, caplog.text), words
+    assert "held out" in str(GrugRunner(config).plan())
+
+
+@pytest.mark.parametrize("name", ["日本語", "中文", "हिन्दी", "my notes"])
+def test_a_run_is_called_as_its_folder_is(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "a.txt", 120_000)
+    config = text_run(tmp_path / name, runs=tmp_path / "runs")
+    assert Path(config.output_path) == tmp_path / "runs" / name
+    assert config.run_id == name

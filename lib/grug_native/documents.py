@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from grug_native.text_files import (
     SUFFIXES,
@@ -165,14 +165,14 @@ def _rows(file: Path, text_key: str) -> _Rows:
         ) from error
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> io.BufferedIOBase:
     """The bytes of a file, decompressed, in UTF-8 and without a byte order mark."""
-    raw: BinaryIO = file.open("rb")
+    raw = file.open("rb")
     if (codec := compression(file)) is not None:
         import pyarrow as pa
 
         raw = io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(pa.PythonFile(raw), codec)))
-    start = cast(io.BufferedReader, raw).peek(4)[:4]
+    start = raw.peek(4)[:4]
     if start.startswith(codecs.BOM_UTF8):
         raw.read(len(codecs.BOM_UTF8))
     wide = next((encoding for mark, encoding in _WIDE_MARKS.items() if start.startswith(mark)), None)
