@@ -28,13 +28,16 @@ TESTED_WITH = {
     "cli_errors": "cli",
     "commands": "cli",
     "config_check": "config",
+    "corpus_making": "corpus",
     "corpus_store": "corpus",
-    "documents": "corpus",
     "eval_config": "config",
     "job": "results",
     "loop": "runner",
     "mixture": "data",
+    "python_texts": "corpus",
     "run_plan": "plan",
+    "text_files": "documents",
+    "text_survey": "corpus",
 }
 """Modules which have no test file of their own, since they are one thing with another to whoever calls them."""
 

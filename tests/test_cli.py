@@ -251,6 +251,37 @@ def test_text_around_its_own_runs_is_resumed(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "1.10" / "checkpoints" / "step-2").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trainer.num_steps", "3"], "unknown config key trainer.num_steps: did you mean num_train_steps?"),
+        (["--model.hidden", "3"], "unknown config key model.hidden"),
+        (["--data.tokenzer", "x"], "unknown config key data.tokenzer: did you mean tokenizer?"),
+        (["--trainer.train_batch_size", "6"], "train_batch_size=6 does not divide"),
+        (["--trainer.train_seq_len", "100000"], "train_seq_len=100000 is longer than model.max_seq_len"),
+        (["--name", "a/.."], "run_id='..' must be"),
+        (["--name", "-x"], "run_id='-x' must be"),
+        (["--output_path", "a://b"], "must be a folder of a POSIX file system"),
+    ],
+)
+def test_what_needs_no_data_is_checked_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "rotten.parquet").write_text("Whoever reads this, complains of it.")
+    assignments = [f"{arguments[0]}={arguments[1]}"]
+    with without_runtime_types():
+        assert main(["train", "--text", "texts", *assignments]) == ExitCode.REFUSED
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_text_key_goes_with_text(config_file: Path, capsys: Capture) -> None:
+    assert main(["train", "--config_path", str(config_file), "--text_key", "body"]) == ExitCode.REFUSED
+    assert "--text_key=body goes with --text" in capsys.readouterr().err
+
+
 def test_changed_mathematics_and_a_held_lock_have_codes_of_their_own(trained: Path, capsys: Capture) -> None:
     assert main(["train", "--config_path", str(trained), "--trainer.seed", "9"]) == ExitCode.REFUSED
     assert "trainer.seed: stored 0, wanted 9" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,14 @@ from levanter.data.text.cache import build_lm_dataset_cache
 from levanter.data.text.datasets import LmDataConfig, UrlDatasetSourceConfig
 from levanter.data.text.formats import TextLmDatasetFormat
 from levanter.store.cache import TreeCache
+from tokenizers import Tokenizer, pre_tokenizers
 
 from grug_native import corpus_store
-from grug_native.corpus import embedded_corpus, hold_out, local_text_data
-from grug_native.corpus_store import EOS, Split, read_counts
-from grug_native.documents import docstrings, read_stdlib
+from grug_native.corpus import embedded_corpus, local_text_data
+from grug_native.corpus_making import run_module, scratch_folder
+from grug_native.corpus_store import EOS, SPLITS, read_counts
+from grug_native.python_texts import docstrings, read_stdlib
+from grug_native.text_survey import Split, hold_out
 from tests.fixtures_data import make_text
 
 
@@ -162,6 +166,84 @@ def test_a_given_tokenizer_is_used(tmp_path: Path, small_corpus: LmDataConfig, t
     assert set(_cached(cfg, "train")["x"]) == {file.read_text() for file in (text_folder / "clubs").iterdir()}
 
 
+def test_a_document_that_stands_there_often_is_taken_once(tmp_path: Path) -> None:
+    rows = [make_text(0, 200)] * 3000 + [make_text(seed, 200) for seed in range(1, 101)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    (tmp_path / "again.jsonl").write_text(f"{json.dumps({'text': rows[0]})}\n{json.dumps({'text': 'another'})}\n")
+    cfg = local_text_data(
+        {"rows": tmp_path / "rows.jsonl", "again": tmp_path / "again.jsonl"},
+        cache_dir=tmp_path / "out",
+        vocab_size=300,
+        validation_fraction=0.05,
+    )
+    counts = read_counts(_root(cfg))
+    train, held_out = counts["rows"]["train"], counts["rows"]["validation"]
+    assert train["documents"] + held_out["documents"] == 101
+    assert 0 < held_out["bytes"] / (train["bytes"] + held_out["bytes"]) <= 0.1
+    assert counts["again"]["train"]["documents"] + counts["again"]["validation"]["documents"] <= 2
+    texts = [text for split in SPLITS for found in _cached(cfg, split).values() for text in found]
+    assert sorted(texts) == sorted(set(texts))
+    files = json.loads((_root(cfg) / "sources.json").read_text())["files"]
+    assert [(row["file"], row["domain"], row["repeated"]) for row in files] == [
+        ("rows.jsonl", "rows", 2999),
+        ("again.jsonl", "again", 1),
+    ]
+
+
+def test_the_split_is_by_bytes(tmp_path: Path) -> None:
+    texts = [letter * 50 + str(number) for number in range(200) for letter in ("a", "日")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cfg = local_text_data({"x": tmp_path / "rows.jsonl"}, cache_dir=tmp_path / "out", vocab_size=257)
+    counts = read_counts(_root(cfg))["x"]
+    sizes = [counts[split]["bytes"] for split in SPLITS]
+    assert sum(sizes) == sum(len(text.encode()) for text in texts)
+    assert 0.05 <= sizes[1] / sum(sizes) < 0.06
+
+
+@pytest.mark.parametrize("letters", ["abcdefgh", " ", "=-+", "日本語", "0123456789"])
+def test_no_pretoken_is_long(tmp_path: Path, letters: str) -> None:
+    line = "".join(random.Random(0).choices(letters, k=200_000))
+    (tmp_path / "line.txt").write_text(line)
+    cfg = local_text_data(
+        {"x": tmp_path / "line.txt"}, cache_dir=tmp_path / "out", vocab_size=300, validation_fraction=0.0
+    )
+    assert _cached(cfg, "train")["x"] == [line]
+    tokenizer = Tokenizer.from_file(str(_root(cfg) / "tokenizer" / "tokenizer.json"))
+    assert tokenizer.pre_tokenizer is not None
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str(line)
+    assert max(end - start for _, (start, end) in pieces) <= 129  # with the space before it
+
+
+def test_short_pretokens_are_those_of_gpt2(embedded_corpus_config: LmDataConfig) -> None:
+    file = Path(embedded_corpus_config.tokenizer) / "tokenizer.json"
+    ours = Tokenizer.from_file(str(file)).pre_tokenizer
+    assert ours is not None
+    theirs = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in (make_text(0, 2000), "it's  12 o'clock\n\n\tdef f(x):   \n  pass  ", "don't ... €5 \u3000 ü "):
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_what_a_killed_maker_left_is_swept_and_a_living_one_s_is_not(tmp_path: Path, text_folder: Path) -> None:
+    out = tmp_path / "out"
+    left, other = out / f".{'0' * 16}-abcd_123", out / ".notes"
+    for folder in (left / "text", other):
+        folder.mkdir(parents=True)
+    with scratch_folder(out, "f" * 16) as living:
+        cfg = _small(text_folder / "clubs", out)
+        assert living.is_dir()
+        assert not left.exists()
+    assert sorted(out.iterdir()) == sorted([_root(cfg), other])
+    # Also where the corpus is there already.
+    left.mkdir()
+    _small(text_folder / "clubs", out)
+    assert not left.exists()
+
+
+def test_a_module_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"trying failed: .*No module named grug_native\.none"):
+        run_module(["grug_native.none"], "trying")
+
+
 @given(
     sizes=st.dictionaries(st.text(min_size=1), st.integers(1, 1000), min_size=1, max_size=30),
     fraction=st.floats(0, 0.49),
@@ -187,7 +269,7 @@ _BAD_FILES: Mapping[str, tuple[bytes, str]] = {
         b'{"text": "a"}\n{"body": "b"}\n',
         r"other\.jsonl, line 2: there is no field 'text'; found \['body'\]\. Rename what holds the text to 'text'",
     ),
-    "number.jsonl": (b'{"text": 5}\n', r"number\.jsonl, line 1: the field 'text' is int, not text"),
+    "number.jsonl": (b'{"text": 5}\n', r"number\.jsonl, line 1: the field 'text' is a number, not text"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl, line 1: character 0 is half of a surrogate pair"),
     "blank.jsonl": (b"\n\n", "hold no text"),
     "garbage.parquet": (b"PAR1 no", r"garbage\.parquet: not a parquet file"),
@@ -209,7 +291,7 @@ def test_missing_paths_fields_and_columns_are_named(tmp_path: Path) -> None:
         (tmp_path / "nowhere.txt", "text", r"nowhere\.txt does not exist"),
         (tmp_path / "folder", "text", "folder holds no file with text in it and a known suffix"),
         (tmp_path / "rows.parquet", "content", r"no column 'content'; found \['body', 'text'\]"),
-        (tmp_path / "rows.parquet", "text", r"rows\.parquet, row 0: the field 'text' is NoneType"),
+        (tmp_path / "rows.parquet", "text", "x: its files hold no text"),
     ):
         with pytest.raises(ValueError, match=message):
             local_text_data({"x": path}, cache_dir=tmp_path / "out", text_key=key)

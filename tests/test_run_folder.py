@@ -19,12 +19,30 @@ from grug_native.run_folder import (
     find_checkpoint,
     local_path,
     run_folder,
+    saving_name,
     set_aside,
     sweep_leftovers,
     validate_run_id,
 )
 
-BAD_RUN_IDS = ["", ".", "..", "../x", "/abs", "a/b", "a\0b", "%2e%2e", ".hidden", "-dash", "a" * 129, "a b", "é", "a\n"]
+BAD_RUN_IDS = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "/abs",
+    "a/b",
+    "a\0b",
+    "%2e%2e",
+    ".hidden",
+    "-dash",
+    "a" * 181,
+    "é" * 91,
+    " a",
+    "a ",
+    "a\n",
+    "a\x1b[0m",
+]
 
 
 def make_folder(path: Path) -> Path:
@@ -39,6 +57,14 @@ def test_an_unsafe_run_id_is_refused(run_id: str, tmp_path: Path) -> None:
         validate_run_id(run_id)
     with pytest.raises(ValueError, match="run_id="):
         run_folder(tmp_path, run_id)
+
+
+@pytest.mark.parametrize("run_id", ["日本語", "中文", "हिन्दी", "a b", "é" * 90, "_x", "v1.2"])
+def test_a_run_may_be_called_in_any_script(run_id: str, tmp_path: Path) -> None:
+    assert run_folder(tmp_path, validate_run_id(run_id)) == tmp_path / run_id
+    # The longest name that is made of it still is one of a file.
+    make_folder(tmp_path / f"{saving_name(run_id, 10**9)}.orbax-checkpoint-tmp-{10**12}")
+    assert len(sweep_leftovers(tmp_path, run_id)) == 1
 
 
 @given(st.text())

@@ -1,9 +1,14 @@
+import gzip
 import json
+import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grug_native.config import config_from_dict, config_to_dict
+from grug_native.documents import find_files
 from grug_native.metrics import parameter_counts
 from grug_native.runner import GrugRunner
 from grug_native.text_run import choose_model, choose_steps, text_domains, text_run
@@ -30,15 +35,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "my notes"
 
 
-def test_kinds_of_little_text_are_no_domains_of_their_own(folder: Path) -> None:
-    domains = text_domains(folder)
-    assert {name: len(files) for name, files in domains.items()} == {"py": 10, "md": 2}
+def test_domains_of_little_text_are_none_of_their_own(folder: Path) -> None:
+    files = find_files("x", folder).files
+    domains = text_domains(folder, {file: file.stat().st_size for file in files})
+    assert {name: len(files) for name, files in domains.items()} == {"md": 2, "py": 10}
     assert {file.name for file in domains["py"]} >= {"c.txt", "d.rst", "7.py"}
 
 
 def test_a_run_of_a_folder(folder: Path, tmp_path: Path) -> None:
     config = text_run(folder, runs=tmp_path / "runs")
-    assert Path(config.output_path) == tmp_path / "runs" / "my-notes"
+    assert Path(config.output_path) == tmp_path / "runs" / "my notes"
     assert config.data.train_weights == {"py": pytest.approx(355 / 495), "md": pytest.approx(140 / 495)}
     assert config.trainer.batch_size_at(0) % 4 == 0
     assert len(config.eval.sample_prompts) == 2
@@ -57,20 +63,20 @@ def test_a_run_of_a_folder(folder: Path, tmp_path: Path) -> None:
 def test_one_file_is_a_domain(tmp_path: Path) -> None:
     write(tmp_path, "verses.txt", 200_000)
     config = text_run(tmp_path / "verses.txt", runs=tmp_path / "runs")
-    assert list(config.data.components) == ["txt"]
+    assert list(config.data.components) == ["verses"]
     assert Path(config.output_path).name == "verses"
 
 
 def test_what_runs_write_is_no_text(folder: Path) -> None:
     runs = folder / "runs"
     config = text_run(folder, runs=runs)
-    for written in (runs / "my-notes" / "metrics.jsonl", folder / "mine" / "samples.md", folder / ".hidden" / "a.py"):
+    for written in (runs / "my notes" / "metrics.jsonl", folder / "mine" / "samples.md", folder / ".hidden" / "a.py"):
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text("{}\n")
     again = text_run(folder, runs=runs, output_path=str(folder / "mine"))
     assert again.data == config.data
     assert again.output_path == str(folder / "mine")
-    with pytest.raises(ValueError, match=r"is where the texts are, and .* give another folder, such as .*my-notes-run"):
+    with pytest.raises(ValueError, match=r"is where the texts are, and .* give another folder, such as .*my notes-run"):
         text_run(folder, runs=runs, output_path=f"{folder}/")
 
 
@@ -82,7 +88,7 @@ def test_a_suffix_may_be_in_capitals_and_the_first_rows_empty(tmp_path: Path) ->
     )
     write(tmp_path / "texts", "c.TXT", 200_000)
     config = text_run(tmp_path / "texts", runs=tmp_path / "runs")
-    assert list(config.data.components) == ["jsonl", "txt"]
+    assert list(config.data.components) == ["b", "texts"]
     assert config.eval.sample_prompts[0].startswith("document0")
 
 
@@ -111,3 +117,80 @@ def test_steps_show_the_text_a_few_times_within_what_a_cpu_can_do() -> None:
     assert choose_steps(10_000, 2048) == 100
     assert choose_steps(100_000, 2048) == 195
     assert choose_steps(10**9, 2048) == choose_steps(10**12, 2048) <= 256 * 16
+
+
+def _domains(root: Path, *names: str) -> dict[str, list[str]]:
+    files = [root / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = text_domains(root, dict.fromkeys(files, 10**6))
+    return {domain: [str(file.relative_to(root)) for file in members] for domain, members in found.items()}
+
+
+def test_domains_are_named_after_folders_and_files(tmp_path: Path) -> None:
+    assert _domains(tmp_path / "a", "wiki/0.parquet", "wiki/1.parquet", "books/x/0.jsonl.gz") == {
+        "books": ["books/x/0.jsonl.gz"],
+        "wiki": ["wiki/0.parquet", "wiki/1.parquet"],
+    }
+    assert _domains(tmp_path / "my data", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet") == {
+        "my-data": ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    }
+    assert list(_domains(tmp_path / "b", "news-1.jsonl", "news-2.jsonl", "日本語.csv", "0001.json")) == [
+        "b",
+        "news",
+        "日本語",
+    ]
+    assert list(_domains(tmp_path / "c", "shakespeare/a.txt", "milton/b.txt", "c.txt")) == [
+        "c",
+        "milton",
+        "shakespeare",
+    ]
+    assert list(_domains(tmp_path / "d", "one/a.py", "two/b.md", "rows.jsonl")) == ["md", "py", "rows"]
+    assert list(_domains(tmp_path / "train", "a.txt")) == ["text"]
+
+
+def test_sizes_are_those_of_the_text(tmp_path: Path) -> None:
+    texts = [make_text(seed, 2000) for seed in range(20)]
+    size = sum(len(text.encode()) for text in texts)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    numbers = [[float(n * seed) for n in range(20_000)] for seed in range(20)]
+    pq.write_table(pa.table({"text": texts, "embedding": numbers}), folder / "fat.parquet")
+    fat = text_run(folder, runs=tmp_path / "runs")
+    assert (folder / "fat.parquet").stat().st_size > 5 * size
+    (folder / "fat.parquet").unlink()
+    with gzip.open(folder / "thin.jsonl.gz", "wt") as rows:
+        rows.writelines(f"{json.dumps({'text': text})}\n" for text in texts)
+    assert (folder / "thin.jsonl.gz").stat().st_size < 100_000 < size
+    thin = text_run(folder, runs=tmp_path / "runs")
+    assert (thin.trainer, thin.model, thin.eval) == (fat.trainer, fat.model, fat.eval)
+    assert fat.trainer.num_train_steps == choose_steps(int(size / 3.2), 2048)
+
+
+def test_it_says_what_was_read_passed_over_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[str | None] = [None, "", *(make_text(seed, 2000) for seed in range(12)), make_text(0, 2000)]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps({'body': text})}\n" for text in rows))
+    (folder / "paper.pdf").write_text("%PDF")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            config = text_run(folder, runs=tmp_path / "runs", text_key="body")
+        for words in (
+            r"mine: read 1 \.jsonl with 12 documents, [\d,]+ bytes of text",
+            "passed over 1 empty, 1 null, 1 repeated",
+            r"left out 1 \(of no kind that is read: paper\.pdf\)",
+            r"rows: train \d+ documents, [\d,]+ bytes, [\d,]+ tokens; held out \d+ documents?, .* of the bytes",
+        ):
+            assert re.search(words, caplog.text), words
+    assert "held out" in str(GrugRunner(config).plan())
+
+
+@pytest.mark.parametrize("name", ["日本語", "中文", "हिन्दी", "my notes"])
+def test_a_run_is_called_as_its_folder_is(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "a.txt", 120_000)
+    config = text_run(tmp_path / name, runs=tmp_path / "runs")
+    assert Path(config.output_path) == tmp_path / "runs" / name
+    assert config.run_id == name

@@ -106,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--config_path", metavar="FILE", help="YAML of the run; its folder will do, once it has one")
     source.add_argument("--text", metavar="FOLDER", help="train on the texts in a folder, sizes chosen for you")
     train.add_argument("--name", help="with --text: name of the run, in runs/ (default: the folder's)")
+    train.add_argument(
+        "--text_key", metavar="FIELD", help="with --text: field or column that holds the text (default: text)"
+    )
     train.add_argument("--output_path", metavar="FOLDER", help="folder of the run, in place of the config's")
     train.add_argument("--stop_after", type=int, metavar="STEP", help="save and stop after so many steps in all")
     train.add_argument(

@@ -6,9 +6,11 @@ Each imports what it needs when it is called: levanter alone takes seconds, and 
 import argparse
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -17,7 +19,6 @@ from rich.table import Table
 from grug_native.config import (
     GrugNativeRunConfig,
     config_from_dict,
-    config_to_dict,
     load_config,
     read_config_file,
     with_overrides,
@@ -109,6 +110,10 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     if arguments.text is None:
         if arguments.output_path is not None:
             overrides.append(("output_path", arguments.output_path))
+        if arguments.text_key is not None:
+            raise ValueError(
+                f"--text_key={arguments.text_key} goes with --text: the data of a config are there already"
+            )
         if arguments.name is not None:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
@@ -116,8 +121,31 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
         return config_from_dict(with_overrides(read_config_file(_config_file(arguments.config_path)), overrides))
     from grug_native.text_run import text_run
 
-    config = text_run(Path(arguments.text), name=arguments.name, output_path=arguments.output_path)
-    return config_from_dict(with_overrides(config_to_dict(config), overrides)) if overrides else config
+    return text_run(
+        Path(arguments.text),
+        name=arguments.name,
+        output_path=arguments.output_path,
+        text_key=arguments.text_key or "text",
+        settle=partial(_settle, overrides),
+    )
+
+
+def _settle(overrides: Sequence[tuple[str, str]], raw: dict[str, Any]) -> GrugNativeRunConfig:
+    """Makes the config of a run on text; what can be known to be wrong with it, is found before there are data."""
+    from grug_native.plan import DataSketch
+
+    changed, data = with_overrides(raw, overrides), raw["data"]
+    if "cache_dir" in data:
+        return config_from_dict(changed)
+    given = changed["data"]
+    if "components" not in data:
+        # Weights name the domains, which are not known yet.
+        given = {key: value for key, value in given.items() if key not in ("components", "train_weights")}
+        given["components"] = {"text": {}}
+    check_data(given)
+    config = config_from_dict(changed | {"data": DataSketch.of({"tokenizer": os.devnull} | given)})
+    GrugRunner(config).plan()
+    return config
 
 
 def _config_file(given: str) -> Path:

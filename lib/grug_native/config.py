@@ -17,7 +17,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
-from grug_native.run_folder import fsync
+from grug_native.run_folder import fsync, validate_run_id
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -147,11 +147,7 @@ class GrugNativeRunConfig:
             )
         if not self.output_path or Path(self.output_path).is_file():
             raise ValueError(f"output_path={self.output_path!r} must be a folder, or a name that is free for one")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run_id):
-            raise ValueError(
-                f"trainer.run_id={self.run_id!r} must be letters, digits, '.', '_' and '-', at most 128, the first a "
-                "letter or digit; unset, it is the last part of output_path"
-            )
+        validate_run_id(self.run_id)
 
     @override
     def __repr__(self) -> str:

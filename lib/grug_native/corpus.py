@@ -5,18 +5,36 @@ Importing this module is cheap; its functions import levanter.
 """
 
 import hashlib
-import re
+import logging
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grug_native.corpus_store import EOS, SPLITS, Domains, Split, file_digest, materialize, read_counts, text_file
-from grug_native.documents import Paths, docstrings, find_files, read_documents, read_stdlib, read_topics
+from grug_native.corpus_store import (
+    EOS,
+    SPLITS,
+    Domains,
+    describe_counts,
+    file_digest,
+    materialize,
+    read_counts,
+    text_file,
+)
+from grug_native.documents import find_files
 from grug_native.mixture import Weights, check_names
+from grug_native.python_texts import docstrings, read_stdlib, read_topics
+from grug_native.text_files import Paths
+from grug_native.text_survey import Split, Survey, hold_out, split_documents, take_survey
 
 if TYPE_CHECKING:
     import levanter.data.text.datasets
+
+_NAME_BYTES = 120
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_WEIGHTS: Weights = (
     (0, {"python/code": 0.7, "python/docstrings": 0.15, "english/reference": 0.15}),
@@ -39,7 +57,8 @@ def local_text_data(
     """Makes training data of text files, or finds what an earlier call made of the same ones.
 
     Held out for validation are whole documents, chosen by the digest of their text; where no document is small enough
-    (a domain of one big file), the end of the largest.
+    (a domain of one big file), the end of the largest. A document that stands in the files more than once, of whatever
+    domain, is taken once, where it comes first.
 
     Args:
         paths: for each domain its files and folders. A domain's name is its tag in the evaluation; `/` nests tags.
@@ -47,7 +66,7 @@ def local_text_data(
         vocab_size: tokens of the byte-level BPE that is trained on the training split.
         weights: shares of the domains, or stages of them; by default all weigh the same.
         validation_fraction: of each domain's bytes, in [0, 0.5).
-        text_key: field of a `.jsonl`, column of a `.parquet`.
+        text_key: field of a `.jsonl` or `.json`, column of a `.parquet`, `.csv` or `.tsv`.
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub, to use in place of a new one.
         mixture_block_size: sequences within which the shares are exact. A stage must start at a multiple of it.
 
@@ -55,20 +74,74 @@ def local_text_data(
         ValueError: names the file, and the line or row, that cannot be read; or the argument that cannot be used.
     """
     _check(list(paths), weights, vocab_size, validation_fraction)
-    files = {name: find_files(name, given) for name, given in paths.items()}
+    files = {name: find_files(name, given, text_key=text_key).files for name, given in paths.items()}
+    return data_of_files(
+        files,
+        cache_dir=cache_dir,
+        vocab_size=vocab_size,
+        weights=weights,
+        validation_fraction=validation_fraction,
+        text_key=text_key,
+        tokenizer=tokenizer,
+        mixture_block_size=mixture_block_size,
+    )
+
+
+def data_of_files(
+    files: Mapping[str, Sequence[Path]],
+    *,
+    cache_dir: str | Path,
+    vocab_size: int,
+    weights: Weights | None,
+    validation_fraction: float = 0.05,
+    text_key: str = "text",
+    tokenizer: str | Path | None = None,
+    mixture_block_size: int = 64,
+    survey: Survey | None = None,
+) -> "levanter.data.text.datasets.LmDataConfig":
+    """`local_text_data` of files that have been found, and maybe read, already.
+
+    Args:
+        files: for each domain its files.
+        cache_dir: as there; so are all that follow but the last.
+        vocab_size: tokens.
+        weights: of the domains.
+        validation_fraction: of each domain's bytes.
+        text_key: field or column.
+        tokenizer: to use in place of a new one.
+        mixture_block_size: sequences.
+        survey: of just these files, if one was taken.
+
+    Raises:
+        ValueError: names the file, and the line or row, that cannot be read; or the argument that cannot be used.
+    """
+    _check(list(files), weights, vocab_size, validation_fraction)
+    listed = list(chain.from_iterable(files.values())) if survey is None else survey.files
+    digests = [file_digest(file) for file in listed] if survey is None else survey.digests
+    digest_of = dict(zip(listed, digests, strict=True))
     inputs: dict[str, object] = {
-        "files": [[name, [file_digest(file) for file in found]] for name, found in files.items()],
+        "files": [[name, [digest_of[file] for file in found]] for name, found in files.items()],
         "text_key": text_key,
         "validation_fraction": validation_fraction,
     }
 
+    @cache
+    def surveyed() -> Survey:
+        if survey is not None and survey.places is not None:
+            return survey
+        return take_survey(listed, digests, text_key)
+
     def reader(name: str) -> Callable[[], Iterator[tuple[Split, str]]]:
-        def read() -> Iterator[str]:
-            return chain.from_iterable(read_documents(file, text_key) for file in files[name])
+        return lambda: split_documents(surveyed(), name, files[name], validation_fraction)
 
-        return lambda: _split_documents(name, read, validation_fraction)
-
-    root = materialize(cache_dir, inputs, {name: reader(name) for name in files}, vocab_size, tokenizer)
+    root = materialize(
+        cache_dir,
+        inputs,
+        {name: reader(name) for name in files},
+        vocab_size,
+        tokenizer,
+        sources=lambda: surveyed().record(files),
+    )
     return _data_config(root, weights, tokenizer, mixture_block_size)
 
 
@@ -123,11 +196,10 @@ def _check(names: Sequence[str], weights: Weights | None, vocab_size: int, valid
     if not names:
         raise ValueError("paths is empty: name at least one domain")
     for name in names:
-        # A domain's name is a folder that holds `train` and `validation`.
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or {".", "..", *SPLITS}.intersection(name.split("/")):
+        if not all(part and domain_name(part) == part for part in name.split("/")):
             raise ValueError(
                 f"a domain cannot be named {name!r}: use letters, digits, '_', '-' and '.', with '/' to nest, and no "
-                "part 'train' or 'validation'"
+                f"part 'train' or 'validation', none that begins with '.' or '-', and none over {_NAME_BYTES} bytes"
             )
     check_names(weights, names, "weights")
     if vocab_size < 257:
@@ -136,45 +208,18 @@ def _check(names: Sequence[str], weights: Weights | None, vocab_size: int, valid
         raise ValueError(f"validation_fraction={validation_fraction} must lie in [0, 0.5)")
 
 
+def domain_name(text: str) -> str:
+    """Returns the nearest that a domain, or a part of its name, can be called to `text`.
+
+    It is a folder that holds `train` and `validation`, and levanter expands `{`, `*` and others in paths.
+    """
+    kept = "".join(c if c.isalnum() or c in "._-" or unicodedata.category(c)[0] == "M" else "-" for c in text)
+    cut = kept.strip(".-").encode()[:_NAME_BYTES].decode(errors="ignore")
+    return "text" if not cut or cut in SPLITS else cut
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hold_out(sizes: Mapping[str, int], fraction: float) -> set[str]:
-    """Chooses documents in the order of their names' digests, up to `fraction` of the total size.
-
-    A document larger than that is never chosen, so at most twice the fraction is, and at times nothing.
-    """
-    budget = fraction * sum(sizes.values())
-    chosen: set[str] = set()
-    taken = 0
-    for name in sorted(sizes, key=_digest):
-        if taken >= budget:
-            break
-        if sizes[name] <= budget:
-            chosen.add(name)
-            taken += sizes[name]
-    return chosen
-
-
-def _split_documents(domain: str, read: Callable[[], Iterator[str]], fraction: float) -> Iterator[tuple[Split, str]]:
-    sizes = {_digest(text): len(text) for text in read()}
-    if not sizes:
-        raise ValueError(f"{domain}: its files hold no text")
-    held_out = hold_out(sizes, fraction)
-    # No document fits: the end of the largest one stands in.
-    divided = max(sizes, key=lambda name: (sizes[name], name)) if fraction > 0 and not held_out else None
-    for text in read():
-        name = _digest(text)
-        if name == divided:
-            at = int(len(text) - fraction * sum(sizes.values()))
-            cut = text.rfind("\n", 0, at) + 1 or at
-            if cut == 0:
-                raise ValueError(f"{domain}: {len(text)} characters are too few to split: set validation_fraction=0")
-            yield "train", text[:cut]
-            yield "validation", text[cut:]
-        else:
-            yield ("validation" if name in held_out else "train"), text
 
 
 def _data_config(
@@ -183,6 +228,8 @@ def _data_config(
     from levanter.data.text.datasets import DatasetComponent, LmDataConfig, UrlDatasetSourceConfig
 
     counts = read_counts(root)
+    for domain, described in describe_counts(counts).items():
+        logger.info("%s: %s", domain, described)
 
     def urls(domain: str, split: Split) -> list[str]:
         return [str(text_file(root, domain, split))] if counts[domain][split]["documents"] else []

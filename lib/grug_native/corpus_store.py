@@ -5,6 +5,7 @@ It appears by a rename when it is complete, so that whatever kills its making le
     tokenizer/                    tokenizer.json and tokenizer_config.json
     text/<domain>.<split>.jsonl   the documents, {"text": ...}
     cache/<domain>/<split>/       the token cache that levanter reads
+    sources.json                  the files that it was made of, and what each held
     corpus.json                   counts of documents, bytes and tokens, by domain and split
 """
 
@@ -12,14 +13,25 @@ import hashlib
 import json
 import logging
 import math
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-type Split = Literal["train", "validation"]
+from grug_native.corpus_making import (
+    Heartbeat,
+    die_with_parent,
+    interruptible,
+    run_module,
+    scratch_folder,
+    sweep_scratch,
+)
+from grug_native.text_files import compression, suffix
+from grug_native.text_survey import Split
+
 type Domains = Mapping[str, Callable[[], Iterable[tuple[Split, str]]]]
 """For each domain what reads its documents, each with its split."""
 type Counts = dict[str, dict[Split, dict[str, int]]]
@@ -33,12 +45,28 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 RECORD_FILE = "corpus.json"
 """Written last into the folder of a corpus; without it, there is none."""
 
-_LAYOUT = 1
+SOURCES_FILE = "sources.json"
+"""Record of the files, in the folder of a corpus that was made of files."""
+
+_LAYOUT = 2
 """Part of a corpus' digest. Raise it when what is made of the same inputs changes."""
 _TOKENIZER_CHARACTERS = 64 * 2**20
 """A tokenizer is trained on at most this much of each domain's text."""
-_CACHE_CHARACTERS = 16 * 2**20
-"""Tokenized and written at a time."""
+_CACHE_CHARACTERS = 2**18
+"""Tokenized at a time, in a fraction of a second, so that Ctrl-C need not wait."""
+_WRITTEN_TOKENS = 2**22
+"""Written to a cache at a time."""
+_LONGEST_PRETOKEN = 128
+"""Characters. The time to train a BPE grows with the square of a pre-token's length: a line of 600 KB without a space
+would take hours."""
+_PRETOKENS = "|".join(
+    (
+        "'s|'t|'re|'ve|'m|'ll|'d",
+        *(rf" ?{kind}{{1,{_LONGEST_PRETOKEN}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")),
+        *(rf"\s{{1,{_LONGEST_PRETOKEN}}}{end}" for end in (r"(?!\S)", "")),
+    )
+)
+"""The pre-tokens of GPT-2, none longer than that."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +79,9 @@ def seconds_spent() -> float:
 
 
 def file_digest(file: Path) -> str:
-    """Returns the sha256 of a file, with its suffix."""
+    """Returns the sha256 of a file, with its kind."""
     with file.open("rb") as data:
-        return f"{hashlib.file_digest(data, 'sha256').hexdigest()}{file.suffix}"
+        return f"{hashlib.file_digest(data, 'sha256').hexdigest()}{suffix(file)}{compression(file) or ''}"
 
 
 def text_file(root: Path, domain: str, split: Split) -> Path:
@@ -66,12 +94,28 @@ def read_counts(root: Path) -> Counts:
     return json.loads((root / RECORD_FILE).read_text())
 
 
+def describe_counts(counts: Counts) -> dict[str, str]:
+    """For each domain what is trained on and what is held out, in words."""
+
+    def described(count: Mapping[str, int]) -> str:
+        documents = "1 document" if count["documents"] == 1 else f"{count['documents']:,} documents"
+        return f"{documents}, {count['bytes']:,} bytes, {count['tokens']:,} tokens"
+
+    words: dict[str, str] = {}
+    for domain, splits in counts.items():
+        train, held = splits["train"], splits["validation"]
+        share = held["bytes"] / max(train["bytes"] + held["bytes"], 1)
+        words[domain] = f"train {described(train)}; held out {described(held)} ({share:.1%} of the bytes)"
+    return words
+
+
 def materialize(
     cache_dir: str | Path,
     inputs: Mapping[str, object],
     domains: Domains,
     vocab_size: int,
     tokenizer: str | Path | None,
+    sources: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Returns the folder of the corpus, after making it if it is not there.
 
@@ -81,6 +125,7 @@ def materialize(
         domains: read only if the corpus has to be made.
         vocab_size: of the tokenizer that is trained when `tokenizer` is None.
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub.
+        sources: makes the record of the files, once the domains have been read.
     """
     if tokenizer is None:
         identity = [vocab_size, version("tokenizers")]
@@ -90,16 +135,20 @@ def materialize(
     key = hashlib.sha256(json.dumps([_LAYOUT, identity, inputs], sort_keys=True).encode()).hexdigest()[:16]
     corpora = Path(cache_dir).resolve()
     root = corpora / key
+    sweep_scratch(corpora)
     if (root / RECORD_FILE).is_file():
         return root
     logger.info("making a corpus of %s, once: texts, tokenizer, token caches", ", ".join(domains))
     start = time.monotonic()
     corpora.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=corpora, prefix=f".{key}-") as scratch:
-        made = Path(scratch) / key
+    with scratch_folder(corpora, key) as scratch:
+        made = scratch / key
         counts = _write_texts(made, domains)
+        if sources is not None:
+            (made / SOURCES_FILE).write_text(json.dumps(sources(), indent=1))
         if tokenizer is None:
-            _train_tokenizer(made, vocab_size, domains)
+            # In a process of its own: the trainer hears no Ctrl-C.
+            run_module([__name__, str(made), str(vocab_size), *domains], "training the tokenizer")
         _write_caches(made, counts, str(tokenizer or made / "tokenizer"), str(tokenizer or root / "tokenizer"))
         (made / RECORD_FILE).write_text(json.dumps(counts, indent=1))
         try:
@@ -115,6 +164,7 @@ def materialize(
 
 def _write_texts(root: Path, domains: Domains) -> Counts:
     counts: Counts = {}
+    heartbeat = Heartbeat("writing texts")
     for domain, read in domains.items():
         text_file(root, domain, "train").parent.mkdir(parents=True, exist_ok=True)
         counts[domain] = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
@@ -126,7 +176,12 @@ def _write_texts(root: Path, domains: Domains) -> Counts:
                 print(json.dumps({"text": text}), file=train if split == "train" else held)
                 counts[domain][split]["documents"] += 1
                 counts[domain][split]["bytes"] += len(text.encode())
+                heartbeat.beat(f"{_total_bytes(counts) / 1e6:,.1f} MB")
     return counts
+
+
+def _total_bytes(counts: Counts) -> int:
+    return sum(count["bytes"] for splits in counts.values() for count in splits.values())
 
 
 def _read_texts(file: Path) -> Iterator[str]:
@@ -136,7 +191,7 @@ def _read_texts(file: Path) -> Iterator[str]:
 
 
 def _train_tokenizer(root: Path, vocab_size: int, domains: Iterable[str]) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def texts() -> Iterator[str]:
         for domain in domains:
@@ -148,7 +203,12 @@ def _train_tokenizer(root: Path, vocab_size: int, domains: Iterable[str]) -> Non
                     break
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PRETOKENS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -173,14 +233,24 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
 
     processor = preprocessor_for_format(TextLmDatasetFormat(), load_tokenizer(tokenizer))
     metadata = CacheMetadata(preprocessor_metadata=processor.metadata | {"tokenizer": recorded_tokenizer})
+    heartbeat, done = Heartbeat("tokenizing"), 0
     for domain, splits in counts.items():
         for split, count in splits.items():
             if count["documents"] == 0:
                 continue
             folder = root / "cache" / domain / split
             with SerialCacheWriter(str(folder), processor.output_exemplar, metadata, shard_name=split) as writer:
+                rows: list[np.ndarray] = []
                 for texts in _chunks(_read_texts(text_file(root, domain, split))):
-                    rows = [np.asarray(row["input_ids"]) for row in processor([{"text": text} for text in texts])]
+                    batch = [{"text": text} for text in texts]
+                    rows += [np.asarray(row["input_ids"]) for row in interruptible(partial(processor, batch))]
+                    if sum(map(len, rows)) >= _WRITTEN_TOKENS:
+                        writer.write_batch([{"input_ids": row} for row in rows])
+                        count["tokens"] += sum(map(len, rows))
+                        rows = []
+                    done += sum(len(text.encode()) for text in texts)
+                    heartbeat.beat(f"{done / 1e6:,.1f} of {_total_bytes(counts) / 1e6:,.1f} MB")
+                if rows:
                     writer.write_batch([{"input_ids": row} for row in rows])
                     count["tokens"] += sum(map(len, rows))
 
@@ -196,3 +266,8 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    _train_tokenizer(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

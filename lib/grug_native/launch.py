@@ -35,11 +35,11 @@ from grug_native.checkpoint_metadata import RECORDED_ENVIRONMENT
 from grug_native.config import GrugNativeRunConfig, save_config
 from grug_native.corpus import embedded_corpus, local_text_data
 from grug_native.corpus_store import read_counts
-from grug_native.documents import Paths
 from grug_native.job import train_to_results
 from grug_native.results import RunResults, read_results
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.signals import StopSignal
+from grug_native.text_files import Paths
 
 PREFIX_VARIABLE = "MARIN_PREFIX"
 """Environment variable that names the folder under which all steps keep what they make."""

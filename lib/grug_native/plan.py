@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from grug_native.attention import AttentionShape, choose_attention
 from grug_native.backend import current_backend
 from grug_native.checkpoint_leaves import state_bytes
+from grug_native.corpus_store import RECORD_FILE, Counts, read_counts
 from grug_native.debug import lower_step
 from grug_native.loss import choose_block, choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
@@ -42,6 +43,8 @@ class DataSketch:
 
     tokenizer: str = "gpt2"
     """Folder or name of the tokenizer."""
+    cache_dir: str | None = None
+    """Where the token caches are; of a corpus of ours, in its folder."""
     train_weights: Weights | None = None
     """Weights of the components, or stages of them."""
     components: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -111,6 +114,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
         batch_stages=trainer.batch_stages,
         seq_len=config.seq_len,
         mixture=_mixture(parts),
+        corpus=_corpus_counts(config.data.cache_dir),
         mesh=dict(parts.mesh.shape),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         shardings={
@@ -181,6 +185,11 @@ def _mixture(parts: RunParts) -> MixtureStages:
         (step, {name: weight / sum(shares.values()) for name, weight in shares.items()})
         for step, shares in mixture_stages(weights)
     )
+
+
+def _corpus_counts(cache_dir: str | None) -> Counts | None:
+    root = Path(cache_dir or "").parent
+    return read_counts(root) if cache_dir is not None and (root / RECORD_FILE).is_file() else None
 
 
 def _choices(parts: RunParts) -> tuple[Choice, ...]:

@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import sys
+import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -33,7 +34,11 @@ RESULTS_FILE = "speedrun_results.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 """Where in a run's folder its checkpoints are."""
 
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RUN_ID_BYTES = 180
+"""A run's name has so many at most, in UTF-8: with what is added to it in names of files, 255."""
+
+_NO_NAME = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, halves of surrogate pairs, and separators of lines."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _NAMED_STEPS = 10
 """An error names so many checkpoints."""
@@ -46,14 +51,26 @@ class RunLockedError(RuntimeError):
 
 
 def validate_run_id(run_id: str) -> str:
-    """Returns `run_id` if it is safe as a part of a file name.
+    """Returns `run_id` if it is safe as a part of a file name; letters of any script are.
 
     Raises:
-        ValueError: It is not 1 to 128 of `A-Z a-z 0-9 . _ -` starting with a letter or a digit.
+        ValueError: It is empty or too long, starts with what hides a file or marks an option, or holds a separator or a
+            control character.
     """
-    if _RUN_ID.fullmatch(run_id) is None:
-        raise ValueError(f"run_id={run_id!r} must match {_RUN_ID.pattern}: letters, digits, '.', '_' and '-'")
+    if run_id_from(run_id) != run_id:
+        raise ValueError(
+            f"trainer.run_id={run_id!r} must be 1 to {RUN_ID_BYTES} bytes of text in UTF-8 without '/', '\\', '%' and "
+            "control characters, not starting with '.' or '-' nor with or before a space; unset, it is the last "
+            "part of output_path"
+        )
     return run_id
+
+
+def run_id_from(text: str) -> str:
+    """Returns the nearest that a run can be called to `text`; "text" if nothing is left of it."""
+    kept = "".join("-" if c in "/\\%" or unicodedata.category(c) in _NO_NAME else c for c in text)
+    cut = kept.lstrip(".- ").encode()[:RUN_ID_BYTES].decode(errors="ignore")
+    return cut.rstrip() or "text"
 
 
 def run_folder(base: Path, run_id: str) -> Path:

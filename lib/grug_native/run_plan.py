@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple, override
 
+from grug_native.corpus_store import Counts, describe_counts
 from grug_native.metrics import FlopsPerToken
 from grug_native.optimizer import Route
 
@@ -80,6 +81,8 @@ class RunPlan:
     """Tokens of a sequence."""
     mixture: MixtureStages
     """Shares of the data's components."""
+    corpus: Counts | None
+    """Documents, bytes and tokens of the data, trained on and held out; None if they are no corpus of ours."""
     mesh: Mapping[str, int]
     """Devices along each mesh axis."""
     device: str
@@ -164,6 +167,9 @@ def _data(plan: RunPlan) -> _Rows:
     yield "tokens", f"{plan.tokens:,}, {plan.tokens_per_parameter:.1f} a parameter"
     for start, shares in plan.mixture:
         yield f"mixture from step {start:,}", ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    if plan.corpus is not None:
+        for domain, described in describe_counts(plan.corpus).items():
+            yield f"text of {domain}", described
 
 
 def _hardware(plan: RunPlan) -> _Rows:

@@ -195,7 +195,7 @@ def choose_data(name: str, *, output_path: str | None = None) -> "LmDataConfig":
         from grug_native.corpus import local_text_data
         from grug_native.documents import find_files
 
-        files = find_files("--data", name, leave_out=[Path("runs"), Path(output_path or "runs")])
+        files = find_files("--data", name, leave_out=[Path("runs"), Path(output_path or "runs")]).files
         return local_text_data({"text": files}, cache_dir="runs/corpora")
     return hub_data(name, "runs/caches")
 
