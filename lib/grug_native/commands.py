@@ -54,7 +54,7 @@ def plan(arguments: argparse.Namespace) -> None:
     """Prints a run's plan."""
     from grug_native.plan import DataSketch
 
-    raw = with_overrides(read_config_file(_config_file(arguments.config)), arguments.overrides)
+    raw = with_overrides(read_config_file(Path(arguments.config)), arguments.overrides)
     if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
         check_data(raw["data"])
         raw["data"] = DataSketch.of(raw["data"])
@@ -107,28 +107,20 @@ def plot(arguments: argparse.Namespace) -> None:
 def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
     if arguments.text is None:
-        if arguments.output_path is not None:
-            overrides.append(("output_path", arguments.output_path))
         if arguments.name is not None:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
             )
-        return config_from_dict(with_overrides(read_config_file(_config_file(arguments.config_path)), overrides))
+        raw = read_config_file(Path(arguments.config_path))
+        if arguments.output_path is not None:
+            raw = with_overrides(raw, [("output_path", arguments.output_path)])
+            if Path(arguments.config_path).is_dir():  # Another folder is another run, under a name of its own.
+                raw = with_overrides(raw, [("trainer.run_id", "null")])
+        return config_from_dict(with_overrides(raw, overrides))
     from grug_native.text_run import text_run
 
     config = text_run(Path(arguments.text), name=arguments.name, output_path=arguments.output_path)
     return config_from_dict(with_overrides(config_to_dict(config), overrides)) if overrides else config
-
-
-def _config_file(given: str) -> Path:
-    from grug_native.run_folder import CONFIG_FILE
-
-    path = Path(given)
-    if not path.is_dir():
-        return path
-    if not (path / CONFIG_FILE).is_file():
-        raise ValueError(f"{path} is no folder of a run: it has no {CONFIG_FILE}")
-    return path / CONFIG_FILE
 
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
@@ -137,8 +129,7 @@ def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transform
     from grug_native.saving import load_parameters
 
     configure_logging()
-    config = replace(load_config(_config_file(arguments.run)), output_path=os.path.normpath(arguments.run))
-    config = _on_these_devices(config)
+    config = _on_these_devices(load_config(Path(arguments.run)))
     parts = RunParts(config, GrugRunner(config).optimizer)
     return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.checkpoint_io import Restored
 from grug_native.checkpoint_metadata import CheckpointMetadata, CheckpointMismatchError
-from grug_native.config import GrugTrainerConfig, config_to_dict, save_config
+from grug_native.config import GrugTrainerConfig, config_to_dict, save_own_config
 from grug_native.data import iter_from_step, mixture_metrics
 from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
@@ -34,7 +34,7 @@ from grug_native.metrics import peak_memory
 from grug_native.parts import RunParts
 from grug_native.plan import build_plan
 from grug_native.progress import ProgressLine, StartUp, messages_shown
-from grug_native.run_folder import CONFIG_FILE, RESULTS_FILE, committed_steps, local_path, step_name
+from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.saving import open_checkpointer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
@@ -76,7 +76,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         if restored.metadata is not None:
             _check_data_offset(trainer, restored.metadata)
         if process == 0:
-            save_config(config, folder / CONFIG_FILE)
+            save_own_config(config)
         tracker = build_trackers(trainer.trackers, folder, config.run_id, start_step=start)
         stack.callback(tracker.finish)
         tracker.log_hyperparameters(config_to_dict(config))

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
-from grug_native.config import GrugNativeRunConfig
+from grug_native.config import GrugNativeRunConfig, with_own_name
 from grug_native.debug import BatchText, ModuleNorms
 from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
@@ -32,7 +32,7 @@ class GrugRunner(eqx.Module):
     """
 
     config: GrugNativeRunConfig = eqx.field(static=True)
-    """What to do."""
+    """What to do; of a run that was renamed, under the name that it had."""
     optimizer: GrugOptimizer
     """How gradients become updates."""
     _parts: RunParts = eqx.field(static=True, repr=False)
@@ -43,7 +43,7 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if the learning-rate schedule does not fit in the run.
         """
-        self.config = config
+        self.config = config = with_own_name(config)
         self.optimizer = GrugOptimizer(config.optimizer, config.trainer.num_train_steps)
         if config.optimizer.levanter is None:
             config.optimizer.build_schedule(config.trainer.num_train_steps)

@@ -1,4 +1,4 @@
-"""Whole runs under the faults of the list below, F1 to F37.
+"""Whole runs under the faults of the list below, F1 to F43.
 
 What must hold after any one of them: the run goes on from its newest sound checkpoint, and its record (step, exact bits
 of the loss, learning rate, gradient norm, digest of the batch) and final state equal those of a run that nobody
@@ -35,4 +35,5 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F33 stepping back, F34 resuming twice, at step 0, at the end | test_identity |
 | F35 what is kept | test_kills; random sequences: tests/test_checkpoint.py::test_what_is_kept |
 | F36 another version of the format | test_damage |
+| F38 a renamed folder, F39 a copied one, F40 a moved project | test_moves; paths: tests/test_run_place.py |
 """
