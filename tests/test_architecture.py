@@ -34,6 +34,8 @@ TESTED_WITH = {
     "job": "results",
     "loop": "runner",
     "mixture": "data",
+    "data_record": "checkpoint_metadata",
+    "resume": "plan",
     "run_plan": "plan",
 }
 """Modules which have no test file of their own, since they are one thing with another to whoever calls them."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -26,6 +27,7 @@ from grug_native.config_check import check_data
 from grug_native.mesh import MeshAxes
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
+from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined
 from grug_native.runner import GrugRunner
 
 
@@ -53,9 +55,13 @@ def train(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Prints a run's plan."""
     from grug_native.plan import DataSketch
+    from grug_native.progress import configure_logging
 
     raw = with_overrides(read_config_file(Path(arguments.config)), arguments.overrides)
-    if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
+    begun = _has_begun(raw)
+    if begun:
+        configure_logging()
+    if not begun and not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
         check_data(raw["data"])
         raw["data"] = DataSketch.of(raw["data"])
     runner = GrugRunner(config_from_dict(raw))
@@ -73,14 +79,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def harness(arguments: argparse.Namespace) -> None:
     """Runs tasks on a checkpoint; prints the metrics."""
-    from grug_native.evaluation import HARNESS_FOLDER, harness_parameters
+    from grug_native.evaluation import harness_parameters
+    from grug_native.harness_reports import UnwrittenReportError
 
     parts, step, params = _checkpoint(arguments)
     wanted = ("limit", "num_fewshot", "include_path", "batch_size")
     settings = {name: value for name in wanted if (value := getattr(arguments, name)) is not None}
-    metrics = harness_parameters(parts, params, step, arguments.tasks, **settings)
-    Console().print(_metrics_table(f"{parts.config.run_id} after {step} steps", metrics))
-    print(f"report: {Path(parts.config.output_path) / HARNESS_FOLDER / f'step-{step}.json'}")
+    title = f"{parts.config.run_id} after {step} steps"
+    try:
+        metrics = harness_parameters(parts, params, step, arguments.tasks, **settings)
+    except UnwrittenReportError as error:
+        Console().print(_metrics_table(title, error.metrics))
+        print(error.report)
+        raise
+    Console().print(_metrics_table(title, metrics))
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -100,7 +112,12 @@ def plot(arguments: argparse.Namespace) -> None:
     path = folders[0] / PLOT_FILE if arguments.output is None else Path(arguments.output)
     if not path.parent.is_dir():
         raise ValueError(f"--output={path}: there is no folder {path.parent}")
-    write_picture(plot_runs(folders), path)
+    figure = plot_runs(folders)
+    try:
+        write_picture(figure, path)
+    except OSError as error:
+        way_out = "give another place, such as --output loss.png"
+        raise OSError(error.errno, f"the picture cannot be written ({error.strerror}): {way_out}", str(path)) from error
     print(path)
 
 
@@ -121,6 +138,12 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
 
     config = text_run(Path(arguments.text), name=arguments.name, output_path=arguments.output_path)
     return config_from_dict(with_overrides(config_to_dict(config), overrides)) if overrides else config
+
+
+def _has_begun(raw: Mapping[str, Any]) -> bool:
+    """Whether the run has checkpoints, so that its data have to be those; sound or not."""
+    folder = local_path(str(raw.get("output_path"))) / CHECKPOINTS_FOLDER
+    return bool(committed_steps(folder) or quarantined(folder))
 
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:

@@ -18,7 +18,7 @@ from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import CONFIG_FILE, fsync, local_path
-from grug_native.run_place import at_absolute_paths, at_its_place, config_file, is_run, recorded_name
+from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -281,7 +281,7 @@ def with_own_name(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
     folder = Path(config.output_path)
     if config.trainer.run_id is not None or not is_run(folder):
         return config
-    name = recorded_name(folder, _read_yaml(folder / CONFIG_FILE))
+    name = recorded_name(folder, read_yaml(folder / CONFIG_FILE))
     return config if name == config.run_id else replace(config, trainer=replace(config.trainer, run_id=name))
 
 
@@ -293,33 +293,6 @@ def load_config(path: Path) -> GrugNativeRunConfig:
         FileNotFoundError: if there is no such file.
     """
     return config_from_dict(read_config_file(path))
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads the sections of a config from YAML, as plain data.
-
-    Of a run, given by its folder or the `config.yaml` in it, they are those of the run that is there, wherever the file
-    says that it is.
-
-    Raises:
-        ValueError: if the file is no YAML, or holds no sections; or the folder is no run's.
-        FileNotFoundError: if there is no such file.
-    """
-    file, folder = config_file(path)
-    raw = _read_yaml(file)
-    return raw if folder is None else at_its_place(raw, folder)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{path} holds no mapping: it should have the keys model, data, optimizer, trainer, output_path"
-        )
-    return dict(cast(Mapping[str, Any], raw))
 
 
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -11,7 +11,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grug_native.corpus_store import EOS, SPLITS, Domains, Split, file_digest, materialize, read_counts, text_file
+from grug_native.corpus_store import (
+    EOS,
+    SPLITS,
+    Domains,
+    Split,
+    file_digest,
+    kept_tokenizer,
+    materialize,
+    read_counts,
+    text_file,
+)
+from grug_native.data_record import relative_sources, write_sources
 from grug_native.documents import Paths, docstrings, find_files, read_documents, read_stdlib, read_topics
 from grug_native.mixture import Weights, check_names
 
@@ -34,6 +45,7 @@ def local_text_data(
     validation_fraction: float = 0.05,
     text_key: str = "text",
     tokenizer: str | Path | None = None,
+    keep_tokenizer: str | Path | None = None,
     mixture_block_size: int = 64,
 ) -> "levanter.data.text.datasets.LmDataConfig":
     """Makes training data of text files, or finds what an earlier call made of the same ones.
@@ -49,6 +61,8 @@ def local_text_data(
         validation_fraction: of each domain's bytes, in [0, 0.5).
         text_key: field of a `.jsonl`, column of a `.parquet`.
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub, to use in place of a new one.
+        keep_tokenizer: likewise, of a run that goes on with these texts: theirs alone would make another one, if they
+            are no longer those that it was made of.
         mixture_block_size: sequences within which the shares are exact. A stage must start at a multiple of it.
 
     Raises:
@@ -56,8 +70,9 @@ def local_text_data(
     """
     _check(list(paths), weights, vocab_size, validation_fraction)
     files = {name: find_files(name, given) for name, given in paths.items()}
+    digests = {file: file_digest(file) for found in files.values() for file in found}
     inputs: dict[str, object] = {
-        "files": [[name, [file_digest(file) for file in found]] for name, found in files.items()],
+        "files": [[name, [digests[file] for file in found]] for name, found in files.items()],
         "text_key": text_key,
         "validation_fraction": validation_fraction,
     }
@@ -68,7 +83,9 @@ def local_text_data(
 
         return lambda: _split_documents(name, read, validation_fraction)
 
+    tokenizer = tokenizer or kept_tokenizer(cache_dir, inputs, vocab_size, keep_tokenizer)
     root = materialize(cache_dir, inputs, {name: reader(name) for name in files}, vocab_size, tokenizer)
+    write_sources(root, relative_sources((file, digests[file]) for found in files.values() for file in found))
     return _data_config(root, weights, tokenizer, mixture_block_size)
 
 
@@ -78,6 +95,7 @@ def embedded_corpus(
     vocab_size: int = 4096,
     weights: Weights = EMBEDDED_WEIGHTS,
     validation_fraction: float = 0.1,
+    keep_tokenizer: str | Path | None = None,
     mixture_block_size: int = 64,
 ) -> "levanter.data.text.datasets.LmDataConfig":
     """Makes training data of what every Python carries, about two million tokens: nothing to download.
@@ -90,6 +108,7 @@ def embedded_corpus(
         vocab_size: tokens of the byte-level BPE.
         weights: shares of the three domains, or stages of them.
         validation_fraction: of the bytes, in [0, 0.5).
+        keep_tokenizer: as in `local_text_data`: of a run that another Python, or another version of this one, began.
         mixture_block_size: sequences within which the shares are exact. A stage must start at a multiple of it.
 
     Raises:
@@ -115,8 +134,11 @@ def embedded_corpus(
         "python/docstrings": lambda: split((name, docstrings(text)) for name, text in modules.items()),
         "english/reference": lambda: split(topics.items()),
     }
-    root = materialize(cache_dir, inputs, domains, vocab_size, None)
-    return _data_config(root, weights, None, mixture_block_size)
+    tokenizer = kept_tokenizer(cache_dir, inputs, vocab_size, keep_tokenizer)
+    root = materialize(cache_dir, inputs, domains, vocab_size, tokenizer)
+    texts = chain(modules.items(), ((f"reference of {name!r}", text) for name, text in topics.items()))
+    write_sources(root, {name: (len(text.encode()), _digest(text)) for name, text in texts})
+    return _data_config(root, weights, tokenizer, mixture_block_size)
 
 
 def _check(names: Sequence[str], weights: Weights | None, vocab_size: int, validation_fraction: float) -> None:

@@ -1,8 +1,8 @@
 """A run where its folder is now: the folder's place, what moved with it, and the name that it keeps.
 
-A folder that holds `config.yaml` is the run. Its paths are written absolute, beside its own place, so that whoever reads
-them elsewhere can tell what lay where beside what: first what lies there now, then a corpus of the same key near by, and
-last the old address.
+A folder that holds `config.yaml` is the run. Its paths are written absolute, and so is its own place, so that whoever
+reads them elsewhere can tell what lay where beside it: taken is what lies there now, else a corpus of the same key near
+by, and else the old address.
 """
 
 import logging
@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+import yaml
 
 from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.corpus_store import RECORD_FILE
@@ -29,20 +31,46 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS_FOLDER).is_dir()
 
 
-def config_file(given: Path) -> tuple[Path, Path | None]:
-    """The YAML file behind a path, and the folder of the run that it is of; None if it is of none in particular.
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Reads the sections of a config from YAML, as plain data.
+
+    Of a run, given by its folder or the `config.yaml` in it, they are those of the run that is there, wherever the file
+    says that it is.
 
     Raises:
-        ValueError: `given` is a folder, and holds no config.
-        FileNotFoundError: there is nothing.
+        ValueError: if the file is no YAML, or holds no sections; or the folder is no run's.
+        FileNotFoundError: if there is no such file.
     """
-    if given.is_dir():
-        if not (given / CONFIG_FILE).is_file():
-            raise ValueError(f"{given} is no folder of a run: it has no {CONFIG_FILE}")
-        return given / CONFIG_FILE, given
-    if not given.is_file():
-        raise FileNotFoundError(f"there is no file {given}: give the YAML of a run, or the folder of one, runs/NAME")
-    return given, given.parent if given.name == CONFIG_FILE and is_run(given.parent) else None
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            raise ValueError(f"{path} is no folder of a run: it has no {CONFIG_FILE}")
+        return at_its_place(read_yaml(path / CONFIG_FILE), path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give the YAML of a run, or the folder of one, runs/NAME")
+    raw = read_yaml(path)
+    return at_its_place(raw, path.parent) if path.name == CONFIG_FILE and is_run(path.parent) else raw
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a mapping from YAML, as it is written.
+
+    Raises:
+        ValueError: if the file is no YAML, or holds no mapping.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            f"{path} holds no mapping: it should have the keys model, data, optimizer, trainer, output_path"
+        )
+    return dict(cast(Mapping[str, Any], raw))
+
+
+def tokenizer_of(run: Path) -> str | None:
+    """The tokenizer of the run in a folder; None if none has been started there."""
+    return read_config_file(run)["data"].get("tokenizer") if is_run(run) else None
 
 
 def at_its_place(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -114,7 +142,7 @@ def _after_key(path: str) -> str | None:
 
 
 def _with_paths(sections: Mapping[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
-    """Changes all paths in the `data` and `eval` sections; `change` is told whether it surely is one, or may be a name."""
+    """Changes the paths in the `data` and `eval` sections; `change` is told whether it is one, or may be a name."""
     changed = dict(sections)
     for name in ("data", "eval"):
         if isinstance(section := changed.get(name), Mapping):

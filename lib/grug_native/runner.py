@@ -85,6 +85,8 @@ class GrugRunner(eqx.Module):
     def plan(self, *, compile: bool = False, measure: int = 0) -> RunPlan:
         """What the run is going to be, as a table and as data: sizes, routing, schedule, costs, choices.
 
+        If it has begun, its data are opened, and all is checked that `fit` checks before it goes on.
+
         Args:
             compile: compile the train step, for its memory.
             measure: train so many steps, for their speed; nothing of it is kept.
@@ -93,7 +95,9 @@ class GrugRunner(eqx.Module):
             ValueError, OSError: whatever can be known to be wrong with the run.
         """
         from grug_native.plan import build_plan
+        from grug_native.resume import check_resume
 
+        check_resume(self._parts)
         return build_plan(self._parts, compile=compile, measure=measure)
 
     def evaluate(self, state: GrugTrainState) -> dict[str, float]:
@@ -112,7 +116,7 @@ class GrugRunner(eqx.Module):
     def harness(
         self, state: GrugTrainState, tasks: Sequence[str | dict[str, Any]] | None = None, **settings: Any
     ) -> dict[str, float]:
-        """Runs tasks of lm-eval on a state's parameters; the full report goes to `harness/step-N.json`.
+        """Runs tasks of lm-eval on a state's parameters; the full report is added to `harness/`.
 
         Args:
             state: whose parameters are scored.

@@ -19,6 +19,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.run_place import tokenizer_of
 
 _SMALLEST_DOMAIN = 100_000
 """Bytes. Less text of one kind is no domain of its own: its held-out part would say nothing."""
@@ -80,6 +81,7 @@ def text_run(
             cache_dir=runs / "corpora",
             vocab_size=model.vocab_size,
             weights={domain: size / total for domain, size in sizes.items()},
+            keep_tokenizer=tokenizer_of(run_folder),
         ),
         optimizer=GrugOptimizerConfig(learning_rate=3e-3 if model.hidden_dim < 512 else 1e-3, warmup=0.05),
         trainer=GrugTrainerConfig(num_train_steps=steps, train_batch_size=batch, minutes_per_temporary_checkpoint=1.0),

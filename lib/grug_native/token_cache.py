@@ -111,6 +111,20 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                     ) from error
 
 
+def unmade_caches(cfg: LmDataConfig) -> list[str]:
+    """Returns the names of the training caches that levanter has yet to build."""
+    paths = {
+        part: (cached, _cache_path(cfg, part, cached, "train"))
+        for name, component in cfg.components.items()
+        for part, cached in cache_parts(name, component)
+    }
+    return [
+        part
+        for part, (cached, path) in paths.items()
+        if path is not None and cfg.auto_build_caches and not _should_exist(cfg, cached, path, "train")
+    ]
+
+
 def _corpus_of(path: str) -> Path | None:
     return next((folder for folder in Path(path).parents if (folder / RECORD_FILE).is_file()), None)
 

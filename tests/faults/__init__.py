@@ -13,7 +13,7 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F1 SIGKILL at random moments (slow) | test_kills, soak |
 | F2 SIGKILL at each point of the loop and of a save | test_kills |
 | F3 SIGTERM or SIGINT while compiling, stepping, evaluating, saving | test_kills; waiting for data: F27 |
-| F4 a second signal, SIGHUP | test_kills; in native code: tests/test_signals.py |
+| F4 a second signal, a closed terminal (SIGHUP) | test_kills; in native code: tests/test_signals.py |
 | F5 the end right after a save, an error in the loop | test_kills |
 | F6 a full disk (slow), F8 a read-only one (slow) | test_disks; an injected ENOSPC: F7 |
 | F7 a limit on the size of files, F37 no memory in a save | test_steps |
@@ -36,4 +36,5 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F35 what is kept | test_kills; random sequences: tests/test_checkpoint.py::test_what_is_kept |
 | F36 another version of the format | test_damage |
 | F38 a renamed folder, F39 a copied one, F40 a moved project | test_moves; paths: tests/test_run_place.py |
+| F41 a pipe that nobody reads, F42 and F43 Ctrl-C in each phase of a start | test_terminals; tests/test_streams.py |
 """

@@ -86,6 +86,13 @@ class Running:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def code(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self._process.exitcode
+
     def kill(self) -> None:
         """Ends it, by SIGKILL."""
         self._process.kill()

@@ -19,7 +19,7 @@ def train(server: ForkServer, folder: Path, *more: str, place: Path | None = Non
 
 @pytest.fixture
 def project(server: ForkServer, whole: Run, tmp_path: Path) -> Path:
-    """A project whose run `a` was begun with a relative path, has five of its eight steps, and lies beside its corpus."""
+    """A project with its corpora, whose run `a` was begun with a relative path and has five of its eight steps."""
     project = tmp_path / "project"
     shutil.copytree(server.corpus(), project / "runs" / "corpora")
     run = server.run(project / "a")
@@ -74,9 +74,7 @@ def test_f39_a_copy_of_a_run_that_is_being_trained_is_a_run_of_its_own(
     expect_whole(server, original.folder, whole)
 
 
-def test_f40_a_moved_project_works_from_anywhere(
-    server: ForkServer, project: Path, whole: Run, tmp_path: Path
-) -> None:
+def test_f40_a_moved_project_works_from_anywhere(server: ForkServer, project: Path, whole: Run, tmp_path: Path) -> None:
     moved = project.rename(tmp_path / "moved")
     folder = moved / "runs" / "a"
     elsewhere = tmp_path / "elsewhere"
@@ -96,9 +94,7 @@ def test_f40_a_moved_project_works_from_anywhere(
     assert Path(written["data"]["cache_dir"]).is_relative_to(moved)
 
 
-def test_f40_a_run_without_its_corpus_is_told_what_it_lacks(
-    server: ForkServer, project: Path, tmp_path: Path
-) -> None:
+def test_f40_a_run_without_its_corpus_is_told_what_it_lacks(server: ForkServer, project: Path, tmp_path: Path) -> None:
     (project / "runs" / "corpora").rename(tmp_path / "corpora-elsewhere")
     said = train(server, project / "runs" / "a").expect(2, "data.tokenizer=", "is no folder here")
     assert "damaged" not in said
