@@ -206,7 +206,7 @@ class GrugRunner(eqx.Module):
     def fit(self, *, stop_after: int | None = None, resume_step: int | None = None) -> GrugTrainState:
         """Trains to the end, from the newest checkpoint of the run or from the start.
 
-        SIGTERM and SIGINT (Ctrl-C) save at the next step boundary; a script then exits with 128 + signal, an
+        SIGTERM, SIGINT (Ctrl-C) and SIGHUP save at the next step boundary; a script then exits with 128 + signal, an
         interactive session gets the state back. At the end the curves are drawn into `loss.png`.
 
         Args:

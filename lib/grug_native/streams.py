@@ -63,10 +63,16 @@ def make_streams_last() -> None:
         if stream is None:  # The process was started with that descriptor closed.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
-            lasting = LastingStream(cast(TextIO, stream), name)
-            setattr(sys, name, lasting)
-            # What fails at the very end would turn the exit code into 120.
-            atexit.register(lasting.flush)
+            setattr(sys, name, LastingStream(cast(TextIO, stream), name))
+    # What fails only as the interpreter ends would turn the exit code into 120.
+    atexit.unregister(_flush)
+    atexit.register(_flush)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, LastingStream):
+            stream.flush()
 
 
 @contextmanager
@@ -77,6 +83,5 @@ def lasting_streams() -> Generator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        _flush()
         sys.stdout, sys.stderr = before
