@@ -41,8 +41,8 @@ def relative_sources(files: Iterable[tuple[Path, str]]) -> dict[str, tuple[int, 
 
 
 def write_sources(corpus: Path, sources: Sources) -> None:
-    """Lists the files of a corpus in its folder, unless that has been done."""
-    if not (corpus / SOURCES_FILE).is_file():
+    """Lists the files of a corpus in its folder, unless that has been done, or the corpus is someone else's."""
+    if not (corpus / SOURCES_FILE).is_file() and os.access(corpus, os.W_OK):
         _write(corpus / SOURCES_FILE, sources)
 
 

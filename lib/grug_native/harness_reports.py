@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,8 @@ def add_report(folder: Path, step: int, tasks: Sequence[str], report: str, metri
         path = _publish(partial, folder, stem, report)
         partial.unlink()
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # Where nothing can be written, there is nothing to remove either.
+            partial.unlink()
         unwritten = UnwrittenReportError(
             error.errno,
             f"the report cannot be written: {error.strerror}; the folder must be one that can be written to",
