@@ -16,6 +16,7 @@ from grug_native.checkpoint_metadata import (
     read_metadata,
     write_metadata,
 )
+from grug_native.data_record import DataRecord
 from tests.small_state import IDENTITY, make_metadata
 
 LEAVES = {"step": LeafRecord((), "int32", None, "00"), "training_key": LeafRecord((2,), "uint32", "threefry2x32", "11")}
@@ -83,6 +84,30 @@ def test_leaves_differ_by_shape_type_and_generator_not_by_digest() -> None:
 
 def test_the_same_run_may_go_on() -> None:
     assert check_identity(METADATA, IDENTITY) == METADATA.lineage
+
+
+def test_other_data_are_told_by_their_files_and_may_be_allowed() -> None:
+    before = DataRecord({"component/a": "1", "tokenizer": "t", "config": "c"}, {"a.txt": (5, "A"), "b.txt": (6, "B")})
+    after = DataRecord({"component/a": "2", "tokenizer": "t", "config": "c"}, {"a.txt": (5, "A"), "c.txt": (7, "C")})
+    changed = replace(IDENTITY, data_fingerprint="data-2", data=after, known_data={"data-1": before})
+    with pytest.raises(CheckpointMismatchError) as refused:
+        check_identity(METADATA, changed)
+    words = "1 file came (c.txt, 7 bytes); 1 file went (b.txt, 6 bytes); other tokens in a"
+    assert words in str(refused.value) and "trainer.allow_changes=['data_fingerprint']" in str(refused.value)
+    lineage = check_identity(METADATA, replace(changed, allowed_changes=("data_fingerprint",)))
+    assert lineage[-1] == f"step 7: data_fingerprint: stored data-1, wanted data-2 ({words})"
+    with pytest.raises(CheckpointMismatchError, match="which files changed is not known"):
+        check_identity(METADATA, replace(changed, known_data={}))
+
+
+def test_nobody_can_allow_another_tokenizer_under_trained_parameters() -> None:
+    changed = replace(
+        IDENTITY, tokenizer_digest="tokenizer-2", allowed_changes=("tokenizer_digest", "data_fingerprint")
+    )
+    with pytest.raises(CheckpointMismatchError, match=r"tokenizer cannot change.*give that of the run") as refused:
+        check_identity(METADATA, changed)
+    assert "allow_changes" not in str(refused.value)
+    assert check_identity(make_metadata(0), changed)[-1].startswith("step 0: tokenizer_digest: stored tokenizer-1")
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,15 @@ def test_harness_writes_a_report(trained: Path, tmp_path: Path, capsys: Capture)
     assert main(["harness", str(trained), "--tasks", str(tmp_path / "rolling.yaml"), "--limit", "2"]) == 0
     printed = capsys.readouterr().out
     assert "lm_eval/rolling/bits_per_byte" in printed
-    report = json.loads((trained / "harness" / "step-4.json").read_text())
+    report = json.loads((trained / "harness" / "step-4-rolling.json").read_text())
     assert report["n-samples"]["rolling"]["effective"] == 2
+    # What cannot be written is printed, and then the error is said.
+    blocked = shutil.copytree(trained, tmp_path / "blocked", ignore=shutil.ignore_patterns("harness"))
+    (blocked / "harness").write_text("a file")
+    assert main(["harness", str(blocked), "--tasks", str(tmp_path / "rolling.yaml")]) == ExitCode.FAILED
+    printed = capsys.readouterr()
+    assert "lm_eval/rolling/bits_per_byte" in printed.out and '"n-samples": {' in printed.out
+    assert "the report cannot be written" in printed.err and str(blocked / "harness") in printed.err
     assert main(["harness", str(trained)]) == ExitCode.REFUSED
 
 
@@ -282,6 +289,39 @@ def test_a_text_key_goes_with_text(config_file: Path, capsys: Capture) -> None:
     assert "--text_key=body goes with --text" in capsys.readouterr().err
 
 
+def test_text_that_grew_is_told_and_the_run_keeps_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for number in range(2):
+        (tmp_path / "mine" / f"{number}.txt").write_text(make_text(number, 12_000))
+    small = ["--model.hidden_dim=32", "--model.intermediate_dim=64", "--model.num_layers=1", "--model.num_heads=2"]
+    small += ["--model.num_kv_heads=2", "--model.vocab_size=2048", "--eval.max_eval_batches=1", "--eval.compute_bpb=no"]
+    arguments = ["train", "--text", "mine", "--trainer.num_train_steps=3", "--trainer.train_batch_size=4", *small]
+    assert main([*arguments, "--stop_after", "1"]) == 0
+    (tmp_path / "mine" / "0.txt").write_text("changed\n" + make_text(0, 12_000))
+    (tmp_path / "mine" / "new.txt").write_text("entirely other words, again and again " * 2000)
+    capsys.readouterr()
+    assert main([*arguments, "--stop_after", "2"]) == ExitCode.REFUSED
+    told = capsys.readouterr().err
+    assert "1 file came (new.txt, 76,000 bytes); 1 file changed (0.txt, " in told
+    assert "tokenizer" not in told and "trainer.allow_changes=['data_fingerprint']" in told
+    allowed = [*arguments, "--trainer.allow_changes", "data_fingerprint"]
+    assert main([*allowed, "--stop_after", "2"]) == 0
+    data = json.loads((tmp_path / "runs" / "mine" / "data.json").read_text())
+    assert ["new.txt" in record["files"] for record in data.values()] == [False, True]
+    # What was allowed once holds no more; and the tokenizer that these texts alone would make is refused for good.
+    (tmp_path / "mine" / "new.txt").unlink()
+    assert main([*arguments, "--stop_after", "3"]) == ExitCode.REFUSED
+    assert "1 file went (new.txt" in capsys.readouterr().err
+    other = ["--trainer.allow_changes", "[data_fingerprint, tokenizer_digest]", "--data.tokenizer"]
+    assert main(["train", "--text", "mine", "--name", "other", *arguments[3:], "--stop_after", "0"]) == 0
+    [tokenizer] = {yaml.safe_load((tmp_path / "runs" / "other" / "config.yaml").read_text())["data"]["tokenizer"]}
+    assert main([*arguments, *other, tokenizer]) == ExitCode.REFUSED
+    assert "The tokenizer cannot change under trained parameters" in capsys.readouterr().err
+
+
 def test_changed_mathematics_and_a_held_lock_have_codes_of_their_own(trained: Path, capsys: Capture) -> None:
     assert main(["train", "--config_path", str(trained), "--trainer.seed", "9"]) == ExitCode.REFUSED
     assert "trainer.seed: stored 0, wanted 9" in capsys.readouterr().err
@@ -363,9 +403,11 @@ def test_light_commands_import_nothing_heavy(trained: Path) -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_plan_of_a_file_does_not_import_levanter(config_file: Path) -> None:
+def test_plan_of_a_file_does_not_import_levanter(config_file: Path, tmp_path: Path) -> None:
+    fresh = yaml.safe_load(config_file.read_text()) | {"output_path": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fresh))
     code = (
-        f"import sys; from grug_native.cli import main; main(['plan', {str(config_file)!r}]); "
+        f"import sys; from grug_native.cli import main; main(['plan', {str(tmp_path / 'run.yaml')!r}]); "
         "print('levanter' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

@@ -147,13 +147,13 @@ def test_local_tasks_of_each_kind_and_spelling(
         "lm_eval/generated/exact_match",
         "lm_eval/generated/exact_match_stderr",
     }
-    report = json.loads((tmp_path / "harness" / "step-7.json").read_text())
+    report = json.loads((tmp_path / "harness" / "step-7-pairs+rolling+generated.json").read_text())
     assert report["results"]["pairs"]["acc,none"] == metrics["lm_eval/pairs/acc"]
     assert report["n-samples"]["rolling"]["effective"] == len(DOCUMENTS)
     assert report["run"]["step"] == 7
     assert report["run"]["tokens"] > len(DOCUMENTS)
     assert "samples" not in report
-    assert [file.name for file in (tmp_path / "harness").iterdir()] == ["step-7.json"]
+    assert [file.name for file in (tmp_path / "harness").iterdir()] == ["step-7-pairs+rolling+generated.json"]
     assert harness.run(scorer, step=8) == metrics
 
 
@@ -176,7 +176,7 @@ def test_examples_limits_and_random_states(
     assert before == _surroundings()
     random.seed(4)
     harness.run(scorer, step=1, folder=tmp_path)
-    reports = [json.loads((tmp_path / f"step-{step}.json").read_text()) for step in (0, 1)]
+    reports = [json.loads((tmp_path / f"step-{step}-shots+fixed.json").read_text()) for step in (0, 1)]
     assert reports[0]["n-shot"] == {"shots": 2, "fixed": 0}
     samples = [report["samples"]["shots"] for report in reports]
     assert [len(own) for own in samples] == [5, 5]

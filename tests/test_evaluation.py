@@ -45,7 +45,7 @@ def test_tasks_and_samples_run_in_the_loop(make_run: MakeRun, tmp_path: Path) ->
     rows = {int(row["step"]): row for row in read_metrics(folder / "metrics.jsonl")}
     assert [step for step, row in rows.items() if "lm_eval/pairs/acc" in row] == [0, 2, 3]
     assert 0 <= float(rows[3]["lm_eval/pairs/acc"]) <= 1
-    assert {path.name for path in (folder / "harness").iterdir()} == {"step-0.json", "step-2.json", "step-3.json"}
+    assert {path.name for path in (folder / "harness").iterdir()} == {f"step-{step}-pairs.json" for step in (0, 2, 3)}
     samples = (folder / "samples.md").read_text()
     assert [line for line in samples.splitlines() if line.startswith("#")] == ["## Step 0", "## Step 3"]
     assert samples.count("```text\ngrug") == 2

@@ -5,12 +5,13 @@ import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import pytest
 from rich.console import Console
 
+from grug_native.checkpoint_metadata import NoUsableCheckpointError
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
@@ -20,6 +21,9 @@ from grug_native.plan import DataSketch, build_plan, tokenizer_size
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
 from tests.fixtures_run import SMALL_MODEL, MakeRun
+
+if TYPE_CHECKING:
+    from levanter.data.text.datasets import LmDataConfig
 
 SKETCH = DataSketch.of({"components": {"caves": {}, "clubs": {}}, "train_weights": [[0, {"caves": 3, "clubs": 1}]]})
 
@@ -130,6 +134,28 @@ def test_it_says_where_a_run_goes_on(make_run: MakeRun) -> None:
     assert "goes on from step 0" in str(plan)
 
 
+def test_it_refuses_what_training_does(make_run: MakeRun, small_corpus: "LmDataConfig") -> None:
+    few = GrugEvalConfig(max_eval_batches=1)
+    runner = GrugRunner(make_run(eval=few))
+    runner.fit(stop_after=1)
+    data = replace(small_corpus, mixture_block_size=16)
+    for changes in (
+        {"model": replace(SMALL_MODEL, num_layers=1)},
+        {"trainer": {"train_batch_size": 8, "allow_changes": ("trainer.train_batch_size",)}},
+        {"optimizer": {"kind": "muon"}, "trainer": {"allow_changes": ("optimizer",)}},
+        {"data": data},
+    ):
+        changed = GrugRunner(make_run(eval=few, **changes))
+        with pytest.raises(ValueError, match=r"step 1|stored") as planned:
+            changed.plan()
+        with pytest.raises(type(planned.value)) as trained:
+            changed.fit()
+        assert str(trained.value) == str(planned.value)
+    (runner.run_folder / "checkpoints" / "step-1" / "grug_checkpoint.json").unlink()
+    with pytest.raises(NoUsableCheckpointError, match="refusing to start from scratch"):
+        runner.plan()
+
+
 def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"train_batch_size=6 does not divide .* use 4 or 8"):
         plan_of(sketched(tmp_path, train_batch_size=6))
@@ -154,7 +180,7 @@ def test_temporary_checkpoints_make_room_for_those_to_come(make_run: MakeRun, mo
         folder = Path(config.output_path) / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "something").touch()
-    assert GrugRunner(config).plan().resumes_from == 2
+    assert build_plan(RunParts(config, GrugRunner(config).optimizer)).resumes_from == 2
 
 
 def test_a_vocabulary_that_is_too_small_is_found(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals, code: int) -> None:
+    given = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it would be ignored.
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop.should_stop() and stop.exit_code is None
@@ -29,6 +30,16 @@ def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals,
         wait_until(lambda: stop.should_stop())
         assert stop.exit_code == code
     assert signal.getsignal(number) is before
+    signal.signal(signal.SIGHUP, given)
+
+
+def test_under_nohup_a_closed_terminal_is_no_signal() -> None:
+    given = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        assert not stop.should_stop()
+    signal.signal(signal.SIGHUP, given)
 
 
 def test_handlers_come_back_after_an_error_too() -> None:
@@ -67,11 +78,13 @@ def test_off_the_main_thread_it_does_nothing() -> None:
 
 
 @contextmanager
-def in_native_code() -> Generator[subprocess.Popen[str]]:
-    code = """
-import ctypes
+def in_native_code(setting: str = "pass") -> Generator[subprocess.Popen[str]]:
+    code = f"""
+import ctypes, signal
 from grug_native.signals import StopSignal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with StopSignal() as stop:
+    {setting}
     print("ready", flush=True)
     sleep = ctypes.CDLL(None).usleep
     for _ in range(60):
@@ -93,6 +106,22 @@ def test_the_second_signal_ends_the_process_even_while_the_main_thread_is_in_nat
         assert child.poll() is None
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)])
+def test_a_terminal_that_closes_is_nobody_in_a_hurry(numbers: tuple[signal.Signals, ...]) -> None:
+    with in_native_code() as child:
+        for number in numbers:
+            child.send_signal(number)
+            time.sleep(1.2)
+        assert child.poll() is None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_with_nothing_to_lose_the_first_signal_ends_native_code_too(number: signal.Signals, code: int) -> None:
+    with in_native_code("stop.nothing_to_lose = True") as child:
+        child.send_signal(number)
+        assert child.wait(timeout=10) == code
 
 
 def test_a_signal_that_arrives_twice_at_once_is_one() -> None:

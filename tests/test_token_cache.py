@@ -96,14 +96,20 @@ def test_the_way_out_of_a_damaged_cache_is_one(corpus_copy: LmDataConfig, text_f
     shutil.rmtree(_cache(corpus_copy))
     with pytest.raises(ValueError, match=rf"Delete the folder of its corpus, {corpus}, to have"):
         verify_caches(corpus_copy)
-    (corpus / "corpus.json").unlink()
-    with pytest.raises(ValueError, match=r"set data\.auto_build_caches=true"):
-        verify_caches(corpus_copy)
+
+
+def test_a_cache_that_is_elsewhere_is_not_called_damaged(corpus_copy: LmDataConfig) -> None:
+    corpus = _cache(corpus_copy).parents[2]
+    corpus.rename(corpus.with_name("elsewhere"))
+    tokenizer = corpus_copy.tokenizer.replace("/corpus/", "/elsewhere/")
+    with pytest.raises(ValueError, match=r"there is no token cache .*give its place in data\.cache_dir") as caught:
+        verify_caches(replace(corpus_copy, tokenizer=tokenizer))
+    assert "damaged" not in str(caught.value) and "set data.auto_build_caches=true" in str(caught.value)
 
 
 def test_a_cache_that_levanter_will_build_is_passed_over(corpus_copy: LmDataConfig) -> None:
     shutil.rmtree(_cache(corpus_copy))
-    with pytest.raises(ValueError, match=r"shard_ledger\.json"):
+    with pytest.raises(ValueError, match=r"there is no token cache"):
         verify_caches(corpus_copy)
     verify_caches(replace(corpus_copy, auto_build_caches=True))
 

@@ -32,7 +32,7 @@ from grug_native.checkpoint_metadata import (
     CheckpointError,
     CheckpointMetadata,
     DamagedCheckpointError,
-    NoUsableCheckpointError,
+    no_usable_checkpoint,
     read_metadata,
     write_metadata,
 )
@@ -168,11 +168,7 @@ class OrbaxCheckpointIO:
                     aside = set_aside(path, "corrupt")
                     logger.error("CHECKPOINT DAMAGED: %s; moved to %s; trying the next older one", error, aside)
         if (remains := quarantined(base_path)) or steps:
-            raise NoUsableCheckpointError(
-                f"no usable checkpoint is left in {base_path}, only {', '.join(p.name for p in remains)}: refusing to"
-                " start from scratch. Put a sound copy back as step-N, give another output_path, or start anew with"
-                " resume_step 0"
-            )
+            raise no_usable_checkpoint(base_path, [path.name for path in remains])
         return None
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: a small, self-checking JSON file beside Orbax's, and how it is compared.
 
-Only the standard library here: listing and comparing a run's checkpoints opens no device and no array.
+Only the standard library here, and what needs no more: listing and comparing a run's checkpoints opens no device and
+no array.
 """
 
 import errno
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, override
 
+from grug_native.data_record import DataRecord, explain_change
 from grug_native.run_folder import fsync
 
 METADATA_FILE = "grug_checkpoint.json"
@@ -23,6 +25,8 @@ FORMAT_VERSION = 1
 """Raised with every change that an older reader would misread."""
 
 _MAX_FILE_BYTES = 1 << 26
+_SHOWN_DIGITS = 12
+"""Of a digest, in a message."""
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 """What the system says of a file that is not what was written; the rest (EACCES, ESTALE, ENOMEM, ...) is about us."""
 _RECORDED_PACKAGES = ("grug-native", "jax", "jaxlib", "orbax-checkpoint", "equinox", "optax", "marin-levanter")
@@ -55,6 +59,14 @@ class NoUsableCheckpointError(CheckpointError):
     """Checkpoints are there, and none of them verifies; a fresh start would hide it."""
 
 
+def no_usable_checkpoint(folder: Path, remains: Sequence[str]) -> NoUsableCheckpointError:
+    """The refusal of a folder in which nothing is left but `remains`."""
+    return NoUsableCheckpointError(
+        f"no usable checkpoint is left in {folder}, only {', '.join(remains)}: refusing to start from scratch. Put a"
+        " sound copy back as step-N, give another output_path, or start anew with resume_step 0"
+    )
+
+
 class CheckpointMismatchError(ValueError):
     """A sound checkpoint of another run, model or configuration than the one at hand."""
 
@@ -73,10 +85,12 @@ class Difference:
     """The checkpoint's value; None if it has none."""
     wanted: str | None
     """The other's value; None if it has none."""
+    note: str = ""
+    """What that means, in words."""
 
     @override
     def __str__(self) -> str:
-        return f"{self.name}: stored {self.stored}, wanted {self.wanted}"
+        return f"{self.name}: stored {self.stored}, wanted {self.wanted}" + (f" ({self.note})" if self.note else "")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,10 @@ class RunIdentity:
     """Dotted configuration fields, or whole sections, that do not change the mathematics, so may change on resume."""
     allowed_changes: Sequence[str] = ()
     """Fields or sections that may change on resume this once; each change is recorded in the metadata's lineage."""
+    data: DataRecord | None = None
+    """What `data_fingerprint` stands for."""
+    known_data: Mapping[str, DataRecord] = field(default_factory=dict[str, DataRecord])
+    """What the fingerprints of the run's checkpoints stand for, as far as that is known."""
 
 
 @dataclass(frozen=True)
@@ -258,21 +276,43 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
         The lineage to record from here on: the checkpoint's, and the changes allowed now.
 
     Raises:
-        CheckpointMismatchError: A field that changes the mathematics differs, and is not among the allowed changes.
+        CheckpointMismatchError: A field that changes the mathematics differs, and is not among the allowed changes; or
+            the tokenizer of trained parameters does, which no one can allow.
     """
-    names = ("run_id", "data_fingerprint", "tokenizer_digest")
-    found = _differences({n: getattr(metadata, n) for n in names}, {n: getattr(identity, n) for n in names})
-    found += config_differences(metadata.config, identity.config)
-    found = [d for d in found if not _covered(d.name, identity.cosmetic)]
-    refused = [d for d in found if not _covered(d.name, identity.allowed_changes)]
+    found = [d for d in _identity_differences(metadata, identity) if not _covered(d.name, identity.cosmetic)]
+    never = ["tokenizer_digest"] if metadata.step > 0 else []
+    refused = [d for d in found if d.name in never or not _covered(d.name, identity.allowed_changes)]
     if refused:
+        if any(d.name in never for d in refused):
+            way_out = (
+                "put them back, or give another output_path. The tokenizer cannot change under trained parameters, for"
+                " which its ids would mean other tokens: give that of the run in data.tokenizer:"
+            )
+        else:
+            way_out = (
+                "put them back, give another output_path, or, if the state keeps its arrays, resume with"
+                f" trainer.allow_changes={[d.name for d in refused]}:"
+            )
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"
-            " results; put them back, give another output_path, or, if the state keeps its arrays, resume with"
-            f" trainer.allow_changes={[d.name for d in refused]}:",
+            f" results; {way_out}",
             refused,
         )
     return metadata.lineage + tuple(f"step {metadata.step}: {d}" for d in found)
+
+
+def _identity_differences(metadata: CheckpointMetadata, identity: RunIdentity) -> Iterator[Difference]:
+    for name in ("run_id", "data_fingerprint", "tokenizer_digest"):
+        stored, wanted = getattr(metadata, name), getattr(identity, name)
+        if stored == wanted:
+            continue
+        if name == "run_id":
+            yield Difference(name, stored, wanted)
+            continue
+        of_data = name == "data_fingerprint"
+        note = explain_change(identity.known_data.get(stored), identity.data) if of_data else ""
+        yield Difference(name, stored[:_SHOWN_DIGITS], wanted[:_SHOWN_DIGITS], note)
+    yield from config_differences(metadata.config, identity.config)
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:

@@ -23,7 +23,8 @@ Train language models, and look at what came of it.
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 failed; 2 a mistake in what was asked for, nothing was started; 3 all checkpoints are damaged;
-4 another process is writing to the run's folder; 130, 143 stopped by Ctrl-C or SIGTERM, after saving.
+4 another process is writing to the run's folder; 128 + N stopped by signal N, after saving: 129 a closed terminal,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 _OVERRIDE = re.compile(r"--([a-z]\w*(?:\.[\w/-]+)+)(?:=(.*))?", re.DOTALL)

@@ -27,6 +27,7 @@ from grug_native.config_check import check_data
 from grug_native.mesh import MeshAxes
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
+from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined
 from grug_native.runner import GrugRunner
 
 
@@ -54,9 +55,13 @@ def train(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Prints a run's plan."""
     from grug_native.plan import DataSketch
+    from grug_native.progress import configure_logging
 
-    raw = with_overrides(read_config_file(_config_file(arguments.config)), arguments.overrides)
-    if not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
+    raw = with_overrides(read_config_file(Path(arguments.config)), arguments.overrides)
+    begun = _has_begun(raw)
+    if begun:
+        configure_logging()
+    if not begun and not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
         check_data(raw["data"])
         raw["data"] = DataSketch.of(raw["data"])
     runner = GrugRunner(config_from_dict(raw))
@@ -74,14 +79,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def harness(arguments: argparse.Namespace) -> None:
     """Runs tasks on a checkpoint; prints the metrics."""
-    from grug_native.evaluation import HARNESS_FOLDER, harness_parameters
+    from grug_native.evaluation import harness_parameters
+    from grug_native.harness_reports import UnwrittenReportError
 
     parts, step, params = _checkpoint(arguments)
     wanted = ("limit", "num_fewshot", "include_path", "batch_size")
     settings = {name: value for name in wanted if (value := getattr(arguments, name)) is not None}
-    metrics = harness_parameters(parts, params, step, arguments.tasks, **settings)
-    Console().print(_metrics_table(f"{parts.config.run_id} after {step} steps", metrics))
-    print(f"report: {Path(parts.config.output_path) / HARNESS_FOLDER / f'step-{step}.json'}")
+    title = f"{parts.config.run_id} after {step} steps"
+    try:
+        metrics = harness_parameters(parts, params, step, arguments.tasks, **settings)
+    except UnwrittenReportError as error:
+        Console().print(_metrics_table(title, error.metrics))
+        print(error.report)
+        raise
+    Console().print(_metrics_table(title, metrics))
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -101,15 +112,18 @@ def plot(arguments: argparse.Namespace) -> None:
     path = folders[0] / PLOT_FILE if arguments.output is None else Path(arguments.output)
     if not path.parent.is_dir():
         raise ValueError(f"--output={path}: there is no folder {path.parent}")
-    write_picture(plot_runs(folders), path)
+    figure = plot_runs(folders)
+    try:
+        write_picture(figure, path)
+    except OSError as error:
+        way_out = "give another place, such as --output loss.png"
+        raise OSError(error.errno, f"the picture cannot be written ({error.strerror}): {way_out}", str(path)) from error
     print(path)
 
 
 def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
     if arguments.text is None:
-        if arguments.output_path is not None:
-            overrides.append(("output_path", arguments.output_path))
         if arguments.text_key is not None:
             raise ValueError(
                 f"--text_key={arguments.text_key} goes with --text: the data of a config are there already"
@@ -118,7 +132,12 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
             )
-        return config_from_dict(with_overrides(read_config_file(_config_file(arguments.config_path)), overrides))
+        raw = read_config_file(Path(arguments.config_path))
+        if arguments.output_path is not None:
+            raw = with_overrides(raw, [("output_path", arguments.output_path)])
+            if Path(arguments.config_path).is_dir():  # Another folder is another run, under a name of its own.
+                raw = with_overrides(raw, [("trainer.run_id", "null")])
+        return config_from_dict(with_overrides(raw, overrides))
     from grug_native.text_run import text_run
 
     return text_run(
@@ -148,15 +167,10 @@ def _settle(overrides: Sequence[tuple[str, str]], raw: dict[str, Any]) -> GrugNa
     return config
 
 
-def _config_file(given: str) -> Path:
-    from grug_native.run_folder import CONFIG_FILE
-
-    path = Path(given)
-    if not path.is_dir():
-        return path
-    if not (path / CONFIG_FILE).is_file():
-        raise ValueError(f"{path} is no folder of a run: it has no {CONFIG_FILE}")
-    return path / CONFIG_FILE
+def _has_begun(raw: Mapping[str, Any]) -> bool:
+    """Whether the run has checkpoints, so that its data have to be those; sound or not."""
+    folder = local_path(str(raw.get("output_path"))) / CHECKPOINTS_FOLDER
+    return bool(committed_steps(folder) or quarantined(folder))
 
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
@@ -165,8 +179,7 @@ def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transform
     from grug_native.saving import load_parameters
 
     configure_logging()
-    config = replace(load_config(_config_file(arguments.run)), output_path=os.path.normpath(arguments.run))
-    config = _on_these_devices(config)
+    config = _on_these_devices(load_config(Path(arguments.run)))
     parts = RunParts(config, GrugRunner(config).optimizer)
     return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
 

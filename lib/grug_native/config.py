@@ -17,7 +17,8 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
-from grug_native.run_folder import fsync, validate_run_id
+from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
+from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -183,13 +184,15 @@ COSMETIC_FIELDS = (
             "keep_last_checkpoints",
             "max_skipped_steps",
             "allow_changes",
+            "run_id",
             "trackers",
         )
     ),
 )
 """Fields, and whole sections, which leave the mathematics of a run as it is, so that a resumed run may change them.
 
-`data` is among them because what matters of it, the tokens and their order, has a fingerprint of its own.
+`data` is among them because what matters of it, the tokens and their order, has a fingerprint of its own, and
+`trainer.run_id` because the run's name, which it may leave to the folder, is compared by itself.
 """
 
 
@@ -253,40 +256,39 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
 
 def save_config(config: GrugNativeRunConfig, path: Path) -> None:
     """Writes the config as YAML, whole or not at all."""
+    _write_yaml(config_to_dict(config), path)
+
+
+def _write_yaml(raw: Mapping[str, Any], path: Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    partial.write_text(yaml.safe_dump(dict(raw), sort_keys=False))
     fsync(partial)
     partial.replace(path)
 
 
+def save_own_config(config: GrugNativeRunConfig) -> None:
+    """Writes `config.yaml` into the run's folder: with absolute paths, and without what this one start allows."""
+    own = replace(config, trainer=replace(config.trainer, allow_changes=()))
+    _write_yaml(at_absolute_paths(config_to_dict(own)), local_path(config.output_path) / CONFIG_FILE)
+
+
+def with_own_name(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
+    """The config under the name that the run in its folder has, if one has been started there and no other is given."""
+    folder = Path(config.output_path)
+    if config.trainer.run_id is not None or not is_run(folder):
+        return config
+    name = recorded_name(folder, read_yaml(folder / CONFIG_FILE))
+    return config if name == config.run_id else replace(config, trainer=replace(config.trainer, run_id=name))
+
+
 def load_config(path: Path) -> GrugNativeRunConfig:
-    """Reads a config from YAML.
+    """Reads a config from YAML, or that of a run from its folder; see `read_config_file`.
 
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
         FileNotFoundError: if there is no such file.
     """
     return config_from_dict(read_config_file(path))
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads the sections of a config from YAML, as plain data.
-
-    Raises:
-        ValueError: if the file is no YAML, or holds no sections.
-        FileNotFoundError: if there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give the YAML of a run, or the folder of one, runs/NAME")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{path} holds no mapping: it should have the keys model, data, optimizer, trainer, output_path"
-        )
-    return dict(cast(Mapping[str, Any], raw))
 
 
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from grug_native.corpus_store import (
     Domains,
     describe_counts,
     file_digest,
+    kept_tokenizer,
     materialize,
     read_counts,
     text_file,
@@ -52,6 +53,7 @@ def local_text_data(
     validation_fraction: float = 0.05,
     text_key: str = "text",
     tokenizer: str | Path | None = None,
+    keep_tokenizer: str | Path | None = None,
     mixture_block_size: int = 64,
 ) -> "levanter.data.text.datasets.LmDataConfig":
     """Makes training data of text files, or finds what an earlier call made of the same ones.
@@ -68,6 +70,8 @@ def local_text_data(
         validation_fraction: of each domain's bytes, in [0, 0.5).
         text_key: field of a `.jsonl` or `.json`, column of a `.parquet`, `.csv` or `.tsv`.
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub, to use in place of a new one.
+        keep_tokenizer: likewise, of a run that goes on with these texts: theirs alone would make another one, if they
+            are no longer those that it was made of.
         mixture_block_size: sequences within which the shares are exact. A stage must start at a multiple of it.
 
     Raises:
@@ -83,6 +87,7 @@ def local_text_data(
         validation_fraction=validation_fraction,
         text_key=text_key,
         tokenizer=tokenizer,
+        keep_tokenizer=keep_tokenizer,
         mixture_block_size=mixture_block_size,
     )
 
@@ -96,6 +101,7 @@ def data_of_files(
     validation_fraction: float = 0.05,
     text_key: str = "text",
     tokenizer: str | Path | None = None,
+    keep_tokenizer: str | Path | None = None,
     mixture_block_size: int = 64,
     survey: Survey | None = None,
 ) -> "levanter.data.text.datasets.LmDataConfig":
@@ -109,6 +115,7 @@ def data_of_files(
         validation_fraction: of each domain's bytes.
         text_key: field or column.
         tokenizer: to use in place of a new one.
+        keep_tokenizer: of a run that goes on.
         mixture_block_size: sequences.
         survey: of just these files, if one was taken.
 
@@ -134,6 +141,7 @@ def data_of_files(
     def reader(name: str) -> Callable[[], Iterator[tuple[Split, str]]]:
         return lambda: split_documents(surveyed(), name, files[name], validation_fraction)
 
+    tokenizer = tokenizer or kept_tokenizer(cache_dir, inputs, vocab_size, keep_tokenizer)
     root = materialize(
         cache_dir,
         inputs,
@@ -151,6 +159,7 @@ def embedded_corpus(
     vocab_size: int = 4096,
     weights: Weights = EMBEDDED_WEIGHTS,
     validation_fraction: float = 0.1,
+    keep_tokenizer: str | Path | None = None,
     mixture_block_size: int = 64,
 ) -> "levanter.data.text.datasets.LmDataConfig":
     """Makes training data of what every Python carries, about two million tokens: nothing to download.
@@ -163,6 +172,7 @@ def embedded_corpus(
         vocab_size: tokens of the byte-level BPE.
         weights: shares of the three domains, or stages of them.
         validation_fraction: of the bytes, in [0, 0.5).
+        keep_tokenizer: as in `local_text_data`: of a run that another Python, or another version of this one, began.
         mixture_block_size: sequences within which the shares are exact. A stage must start at a multiple of it.
 
     Raises:
@@ -188,8 +198,15 @@ def embedded_corpus(
         "python/docstrings": lambda: split((name, docstrings(text)) for name, text in modules.items()),
         "english/reference": lambda: split(topics.items()),
     }
-    root = materialize(cache_dir, inputs, domains, vocab_size, None)
-    return _data_config(root, weights, None, mixture_block_size)
+
+    def sources() -> dict[str, object]:
+        texts = chain(modules.items(), ((f"reference of {name!r}", text) for name, text in topics.items()))
+        rows = [{"file": name, "digest": _digest(text), "bytes": len(text.encode())} for name, text in texts]
+        return {"text_key": None, "files": rows}
+
+    tokenizer = kept_tokenizer(cache_dir, inputs, vocab_size, keep_tokenizer)
+    root = materialize(cache_dir, inputs, domains, vocab_size, tokenizer, sources=sources)
+    return _data_config(root, weights, tokenizer, mixture_block_size)
 
 
 def _check(names: Sequence[str], weights: Weights | None, vocab_size: int, validation_fraction: float) -> None:

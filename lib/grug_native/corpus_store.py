@@ -127,12 +127,7 @@ def materialize(
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub.
         sources: makes the record of the files, once the domains have been read.
     """
-    if tokenizer is None:
-        identity = [vocab_size, version("tokenizers")]
-    else:
-        file = Path(tokenizer) / "tokenizer.json"
-        identity = file_digest(file) if file.is_file() else str(tokenizer)
-    key = hashlib.sha256(json.dumps([_LAYOUT, identity, inputs], sort_keys=True).encode()).hexdigest()[:16]
+    key = _key(inputs, vocab_size, tokenizer)
     corpora = Path(cache_dir).resolve()
     root = corpora / key
     sweep_scratch(corpora)
@@ -160,6 +155,29 @@ def materialize(
     _making.append(time.monotonic() - start)
     logger.info("made the corpus %s in %.1f s", root, _making[-1])
     return root
+
+
+def _key(inputs: Mapping[str, object], vocab_size: int, tokenizer: str | Path | None) -> str:
+    if tokenizer is None:
+        identity = [vocab_size, version("tokenizers")]
+    else:
+        file = Path(tokenizer) / "tokenizer.json"
+        identity = file_digest(file) if file.is_file() else str(tokenizer)
+    return hashlib.sha256(json.dumps([_LAYOUT, identity, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def kept_tokenizer(
+    cache_dir: str | Path, inputs: Mapping[str, object], vocab_size: int, kept: str | Path | None
+) -> str | Path | None:
+    """Returns `kept`, a run's own tokenizer, if a new one for these inputs would be, or is, another; else None."""
+    if kept is None:
+        return None
+    new, old = (
+        folder / "tokenizer.json"
+        for folder in (Path(cache_dir) / _key(inputs, vocab_size, None) / "tokenizer", Path(kept))
+    )
+    same = new.is_file() and old.is_file() and new.read_bytes() == old.read_bytes()
+    return None if same else kept
 
 
 def _write_texts(root: Path, domains: Domains) -> Counts:

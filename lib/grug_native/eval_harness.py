@@ -27,6 +27,7 @@ from lm_eval.utils import handle_non_serializable
 
 from grug_native.eval_config import GrugHarnessConfig
 from grug_native.harness_model import GrugLM
+from grug_native.harness_reports import add_report
 from grug_native.scoring import Scorer
 
 _FEWSHOT_SEED = 1234
@@ -56,11 +57,14 @@ class GrugHarness:
         Args:
             scorer: the parameters, and how they are computed with.
             step: updates behind the parameters.
-            folder: where process 0 puts the full report, as `step-<step>.json`.
+            folder: where process 0 adds the full report, under a name of its own; see `harness_reports.add_report`.
 
         Returns:
             `lm_eval/<task>/<metric>`, with a standard error `<metric>_stderr` where there is one. A metric of another
             filter than the default one has it in its name, as in levanter: `<metric>,<filter>`.
+
+        Raises:
+            UnwrittenReportError: the report cannot be written; the error has it, and the metrics.
         """
         model = GrugLM(scorer, self.tokenizer)
         started = time.perf_counter()
@@ -77,14 +81,16 @@ class GrugHarness:
         assert report is not None and "results" in report
         seconds = time.perf_counter() - started
         run = {"step": step, "seconds": seconds, "tokens": model.tokens, "row_length": scorer.row_length}
-        if folder is not None and jax.process_index() == 0:
-            _write_report(folder / f"step-{step}.json", {"run": run, **report})
-        return {
+        metrics = {
             f"lm_eval/{task}/{name.removesuffix(',none')}": float(value)
             for task, results in report["results"].items()
             for name, value in results.items()
             if "," in name and isinstance(value, int | float)
         }
+        if folder is not None and jax.process_index() == 0:
+            text = json.dumps({"run": run, **report}, indent=1, default=handle_non_serializable, ensure_ascii=False)
+            add_report(folder, step, _names(self.config), text, metrics)
+        return metrics
 
 
 def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer) -> GrugHarness:
@@ -165,8 +171,9 @@ def _left_as_found() -> Generator[None]:
             os.environ["DISABLE_MULTIPROC"] = alone
 
 
-def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, default=handle_non_serializable, ensure_ascii=False))
-    partial.replace(path)
+def _names(config: GrugHarnessConfig) -> list[str]:
+    """What was asked for, by name."""
+    return [
+        Path(task).stem if isinstance(task, str) else str(task.get("task") or task.get("group") or "task")
+        for task in config.tasks
+    ]

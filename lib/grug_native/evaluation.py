@@ -12,6 +12,7 @@ import jax
 
 from grug_native.eval_config import GrugHarnessConfig
 from grug_native.faults import fault_point
+from grug_native.harness_reports import UnwrittenReportError
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
 from grug_native.run_folder import local_path
@@ -48,7 +49,7 @@ def harness_parameters(
     tasks: Sequence[str | dict[str, Any]] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Runs tasks of lm-eval on parameters, and writes the full report to `harness/step-N.json`.
+    """Runs tasks of lm-eval on parameters, and adds the full report to `harness/` as `step-N-TASKS.json`.
 
     Args:
         parts: of the run.
@@ -59,6 +60,7 @@ def harness_parameters(
 
     Raises:
         ValueError: if no task is named, there is no such task, or it executes code.
+        UnwrittenReportError: the report cannot be written; the error has it, and the metrics.
     """
     from grug_native.eval_harness import build_harness
     from grug_native.scoring import Scorer
@@ -134,9 +136,7 @@ class Evaluations:
         if self._eval_is_due(step) and self._parts.config.eval.sample_prompts:
             self._guard("sampling", step, lambda: self._sample(state, step))
         if self._harness_is_due(step):
-            self._guard(
-                "the harness", step, lambda: self._log(harness_parameters(self._parts, state.params, step), step)
-            )
+            self._guard("the harness", step, lambda: self._run_tasks(state, step))
         self.seconds += time.perf_counter() - started
 
     def _eval_is_due(self, step: int) -> bool:
@@ -166,6 +166,14 @@ class Evaluations:
         self._log(metrics, step)
         shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
         logger.info("step %d: %s (%.1f s)", step, shown, time.perf_counter() - started)
+
+    def _run_tasks(self, state: GrugTrainState, step: int) -> None:
+        try:
+            metrics = harness_parameters(self._parts, state.params, step)
+        except UnwrittenReportError as error:
+            self._log(error.metrics, step)
+            raise
+        self._log(metrics, step)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._tracker.log(metrics, step=step)

@@ -29,11 +29,17 @@ FaultPoint = Literal[
 """Where a fault may strike: in the loop (`fetch` is on its data thread), in the six stages of a save, and while an old
 checkpoint is deleted."""
 
-FaultKind = Literal["kill", "term", "int", "stop", "raise", "enospc", "memory", "sleep", "nan"]
-"""What happens: SIGKILL, SIGTERM, SIGINT or SIGSTOP to this process, an exception, a full disk, no memory, a stuck
-minute, or a non-finite value, which the caller has to put in itself."""
+FaultKind = Literal["kill", "term", "int", "hup", "stop", "raise", "enospc", "memory", "sleep", "nan"]
+"""What happens: SIGKILL, SIGTERM, SIGINT, SIGHUP or SIGSTOP to this process, an exception, a full disk, no memory, a
+stuck minute, or a non-finite value, which the caller has to put in itself."""
 
-_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "int": signal.SIGINT,
+    "hup": signal.SIGHUP,
+    "stop": signal.SIGSTOP,
+}
 _SLEEP_SECONDS = 60.0
 
 

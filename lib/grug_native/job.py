@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from grug_native.checkpoint_metadata import canonical_hash
 from grug_native.cli_errors import explained_exit
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
 from grug_native.parts import load_tokenizer
@@ -21,6 +20,7 @@ from grug_native.process import prepare_process
 from grug_native.progress import configure_logging
 from grug_native.results import RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import RESULTS_FILE, local_path
+from grug_native.run_place import settings_hash
 from grug_native.runner import GrugRunner
 
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -57,14 +57,15 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
     Raises:
         ValueError: if the tokenizer is not to be had, or whatever else `GrugRunner.fit` refuses.
     """
-    folder = local_path(config.output_path)
+    runner = GrugRunner(config)
+    config, folder = runner.config, local_path(config.output_path)
     if (folder / RESULTS_FILE).is_file():
         found = read_results(folder)
-        if found.config_hash == canonical_hash(config_to_dict(config)):
+        if found.config_hash == settings_hash(config_to_dict(config)):
             logger.info("finished before, after %d steps: %s", found.steps, folder / RESULTS_FILE)
             return found
     load_tokenizer(config.data)
-    GrugRunner(config).fit()
+    runner.fit()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("grug-run-is-on-disk")  # The others may be here before process 0 has saved.
     results = summarize_run(config)

@@ -60,7 +60,7 @@ class GrugRun(Artifact):
     run_id: str
     """Name of the run."""
     config_hash: str
-    """SHA-256 of the resolved config."""
+    """SHA-256 of the resolved config, but for where things are and the run's name."""
     parameters: int
     """Weights of the model."""
     steps: int

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.checkpoint_io import Restored
-from grug_native.checkpoint_metadata import CheckpointMetadata, CheckpointMismatchError
-from grug_native.config import GrugTrainerConfig, config_to_dict, save_config
+from grug_native.config import GrugTrainerConfig, config_to_dict, save_own_config
 from grug_native.data import iter_from_step, mixture_metrics
 from grug_native.evaluation import Evaluations
 from grug_native.faults import fault_point
@@ -34,10 +33,13 @@ from grug_native.metrics import peak_memory
 from grug_native.parts import RunParts
 from grug_native.plan import build_plan
 from grug_native.progress import ProgressLine, StartUp, messages_shown
-from grug_native.run_folder import CONFIG_FILE, RESULTS_FILE, committed_steps, local_path, step_name
-from grug_native.saving import open_checkpointer
+from grug_native.resume import check_data_offset
+from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
+from grug_native.run_log import RunLog
+from grug_native.saving import open_checkpointer, record_data
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
+from grug_native.streams import lasting_streams
 from grug_native.tracker import RunTracker, build_trackers
 from grug_native.train import StepMetrics, train_step
 
@@ -61,26 +63,32 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
     folder, process = local_path(config.output_path), jax.process_index()
     with ExitStack() as stack:
+        stack.enter_context(lasting_streams())
         stack.enter_context(messages_shown())
+        log_file = stack.enter_context(RunLog())
         plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
         logger.info("%s", plan.in_a_line)
         with start_up.data():  # It may tokenize for hours; there is nothing to save yet, and a signal ends it.
             loader, _ = parts.loader, parts.data_fingerprint
         stop = stack.enter_context(StopSignal())
+        stop.nothing_to_lose = jax.process_count() == 1
         stack.enter_context(jax.set_mesh(parts.mesh))
         checkpointer = stack.enter_context(open_checkpointer(parts))
+        if process == 0:
+            log_file.keep(folder)
         checkpointer.preflight(parts.state_shape)
         restored = _restore(checkpointer, parts, resume_step)
         state, start = restored.state, 0 if restored.metadata is None else restored.metadata.step
         assert int(state.step) == start
         if restored.metadata is not None:
-            _check_data_offset(trainer, restored.metadata)
+            check_data_offset(trainer, restored.metadata)
         if process == 0:
-            save_config(config, folder / CONFIG_FILE)
+            save_own_config(config)
+            record_data(parts)
         tracker = build_trackers(trainer.trackers, folder, config.run_id, start_step=start)
         stack.callback(tracker.finish)
         tracker.log_hyperparameters(config_to_dict(config))
-        progress = ProgressLine(trainer.num_train_steps, start_step=start)
+        progress = ProgressLine(trainer.num_train_steps, start_step=start, note=log_file.note)
         stack.callback(progress.close)
         skipped = 0 if restored.metadata is None else restored.metadata.skipped_steps
         log = _StepLog(parts, tracker, progress, checkpointer, skipped=skipped)
@@ -97,6 +105,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
             if stopping or kind is not None or evaluating:
                 log.flush()
             if stopping or kind is not None:
+                stop.nothing_to_lose = False
                 permanent = step == trainer.num_train_steps or kind == "permanent"
                 _save(checkpointer, trainer, state, step, log.skipped, permanent=permanent)
             if evaluating and stop.exit_code is None:
@@ -130,6 +139,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
             dispatched = time.perf_counter()
             state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
             log.push(step, metrics, loading_time)
+            stop.nothing_to_lose = False
             if step == start:
                 log.flush()
                 start_up.report(evaluation=evaluations.seconds, compilation=time.perf_counter() - dispatched)
@@ -169,16 +179,6 @@ def _save(
 ) -> None:
     start_save = checkpointer.save_step_checkpoint if permanent else checkpointer.save_temporary_checkpoint
     start_save(state, step=step, data_offset=trainer.sequences_before(step), skipped_steps=skipped_steps)
-
-
-def _check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) -> None:
-    step, offset, wanted = metadata.step, metadata.data_offset, trainer.sequences_before(metadata.step)
-    if offset != wanted:
-        raise CheckpointMismatchError(
-            f"step {step} was saved after {offset} sequences, and with trainer.train_batch_size="
-            f"{trainer.train_batch_size} it would come after {wanted}, so that the next batch would not be the next: "
-            f"give the change as a schedule that begins at step {step}, ((0, ...), ({step}, ...))"
-        )
 
 
 @final

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from levanter.schedule import BatchSchedule
     from levanter.tokenizers import MarinTokenizer
 
+    from grug_native.data_record import DataRecord
     from grug_native.eval_harness import GrugHarness
     from grug_native.eval_hooks import TaggedEval
 
@@ -156,10 +157,18 @@ class RunParts:
     def data_fingerprint(self) -> str:
         """Digest of the training tokens and of everything that decides their order."""
         from grug_native.checkpoint_metadata import canonical_hash
+
+        return canonical_hash(self.data_record.digests)
+
+    @cached_property
+    def data_record(self) -> "DataRecord":
+        """What the fingerprint of the data is made of, and the files of their corpus."""
+        from grug_native.data_record import DataRecord, read_sources
         from grug_native.token_cache import data_fingerprint
 
         _ = self.dataset  # It verifies the caches: a damaged one is to be named, and not to pass for other data.
-        return canonical_hash(data_fingerprint(self.config.data))
+        data = self.config.data
+        return DataRecord(data_fingerprint(data), read_sources(Path(data.cache_dir).parent) if data.cache_dir else {})
 
     @cached_property
     def evaluation(self) -> Callable[[GrugTrainState], dict[str, float]] | None:

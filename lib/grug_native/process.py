@@ -32,6 +32,11 @@ def prepare_process() -> None:
     Compiled functions are kept in the user's cache folder, or where `JAX_COMPILATION_CACHE_DIR` says. With JAX's plugin
     for CUDA, `GPU_FLAGS` are set.
     """
+    for descriptor in range(3):  # A file that took the place of a closed stderr would have messages in it.
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grug_native" / "xla"
     os.environ.setdefault(CACHE_VARIABLE, str(cache))
     if find_spec("jax_cuda13_plugin") is not None:

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, final, override
 
@@ -12,6 +12,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from grug_native.corpus_store import seconds_spent
+from grug_native.streams import make_streams_last
 
 _SECONDS_BETWEEN_LINES = 10.0
 _CHATTY = "levanter.data.loader"
@@ -36,14 +37,23 @@ class MessageHandler(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if record.name.partition(".")[0] not in ("grug_native", "__main__"):
-            text = f"{text} [{record.levelname.lower()} of {record.name}]"
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(format_message(self, record), file=sys.stderr)
+
+
+def format_message(handler: logging.Handler, record: logging.LogRecord) -> str:
+    """A message as it is shown: with where it comes from, if that is another package."""
+    text = handler.format(record)
+    if record.name.partition(".")[0] in ("grug_native", "__main__"):
+        return text
+    return f"{text} [{record.levelname.lower()} of {record.name}]"
 
 
 def configure_logging() -> None:
-    """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr."""
+    """Shows what this package has to say from INFO on, and what anyone else has from WARNING on, on stderr.
+
+    The program outlives whoever reads that, and its output.
+    """
+    make_streams_last()
     logging.basicConfig(level=logging.WARNING, handlers=[MessageHandler()])
     logging.getLogger("grug_native").setLevel(logging.INFO)
     logging.getLogger(_CHATTY).setLevel(logging.ERROR)
@@ -112,16 +122,25 @@ class StartUp:
 class ProgressLine:
     """Step, percentage, loss, learning rate, tokens per second, MFU where it is known, memory, and time left.
 
-    A bar in a terminal or a notebook; elsewhere (nohup, a pipe, CI) a line of the log every ten seconds.
+    A bar in a terminal or a notebook; elsewhere (nohup, a pipe, CI) a line of the log every ten seconds. Beside a bar,
+    a note of it is taken as often.
     """
 
-    def __init__(self, num_steps: int, *, start_step: int = 0, bar: bool | None = None):
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        start_step: int = 0,
+        bar: bool | None = None,
+        note: Callable[[str], object] = lambda _: None,
+    ):
         """Begins the line.
 
         Args:
             num_steps: Steps of the whole run.
             start_step: Steps that were done before, in the run that this one resumes.
             bar: Show a bar; None does where one can be seen.
+            note: Takes the line where it is shown as a bar.
         """
         if bar is None:
             bar = sys.stderr.isatty() or "ipykernel" in sys.modules
@@ -129,6 +148,7 @@ class ProgressLine:
         if bar:
             shape = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=num_steps, initial=start_step, bar_format=shape, dynamic_ncols=True)
+        self._note = note
         self._num_steps = num_steps
         self._start = self._done = start_step
         self._text = ""
@@ -165,18 +185,21 @@ class ProgressLine:
             self._bar.set_postfix_str(self._text, refresh=False)
             self._bar.update(steps_done - self._done)
         self._done = steps_done
-        if self._bar is None and time.monotonic() >= self._last_line + _SECONDS_BETWEEN_LINES:
+        if time.monotonic() >= self._last_line + _SECONDS_BETWEEN_LINES:
             self._log_line()
 
     def close(self) -> None:
         """Shows the last state and ends the line."""
         if self._bar is not None:
             self._bar.close()
-        elif self._text:
+        if self._text:
             self._log_line()
 
     def _log_line(self) -> None:
-        logger.info(
-            "step %d/%d (%.1f%%): %s", self._done, self._num_steps, 100 * self._done / self._num_steps, self._text
-        )
+        done, steps = self._done, self._num_steps
+        line = f"step {done}/{steps} ({100 * done / steps:.1f}%): {self._text}"
+        if self._bar is None:
+            logger.info("%s", line)
+        else:
+            self._note(line)
         self._last_line, self._text = time.monotonic(), ""

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native.checkpoint_metadata import read_metadata
-from grug_native.config import GrugNativeRunConfig
+from grug_native.config import GrugNativeRunConfig, config_to_dict
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.run_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, committed_steps, local_path, step_name
+from grug_native.run_place import settings_hash
 from grug_native.tracker import METRICS_FILE, MetricRow, read_metrics
 
 _HELD_OUT = tuple(f"{macro}{name}" for macro in ("", "macro_") for name in ("loss", "bpb", "bpb_exact"))
@@ -30,7 +31,7 @@ class RunResults:
     run_id: str
     """Name of the run."""
     config_hash: str
-    """SHA-256 of the resolved config, as in the checkpoints' metadata."""
+    """SHA-256 of the resolved config, but for where things are and the run's name."""
     parameters: int
     """Weights of the model."""
     steps: int
@@ -72,7 +73,7 @@ def summarize_run(config: GrugNativeRunConfig) -> RunResults:
     devices = jax.devices()
     return RunResults(
         run_id=config.run_id,
-        config_hash=metadata.config_hash,
+        config_hash=settings_hash(config_to_dict(config)),
         parameters=parameter_counts(config.model)["total"],
         steps=steps,
         tokens=tokens,

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
-from grug_native.config import GrugNativeRunConfig
+from grug_native.config import GrugNativeRunConfig, with_own_name
 from grug_native.debug import BatchText, ModuleNorms
 from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
@@ -32,7 +32,7 @@ class GrugRunner(eqx.Module):
     """
 
     config: GrugNativeRunConfig = eqx.field(static=True)
-    """What to do."""
+    """What to do; of a run that was renamed, under the name that it had."""
     optimizer: GrugOptimizer
     """How gradients become updates."""
     _parts: RunParts = eqx.field(static=True, repr=False)
@@ -43,7 +43,7 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if the learning-rate schedule does not fit in the run.
         """
-        self.config = config
+        self.config = config = with_own_name(config)
         self.optimizer = GrugOptimizer(config.optimizer, config.trainer.num_train_steps)
         if config.optimizer.levanter is None:
             config.optimizer.build_schedule(config.trainer.num_train_steps)
@@ -85,6 +85,8 @@ class GrugRunner(eqx.Module):
     def plan(self, *, compile: bool = False, measure: int = 0) -> RunPlan:
         """What the run is going to be, as a table and as data: sizes, routing, schedule, costs, choices.
 
+        If it has begun, its data are opened, and all is checked that `fit` checks before it goes on.
+
         Args:
             compile: compile the train step, for its memory.
             measure: train so many steps, for their speed; nothing of it is kept.
@@ -93,7 +95,9 @@ class GrugRunner(eqx.Module):
             ValueError, OSError: whatever can be known to be wrong with the run.
         """
         from grug_native.plan import build_plan
+        from grug_native.resume import check_resume
 
+        check_resume(self._parts)
         return build_plan(self._parts, compile=compile, measure=measure)
 
     def evaluate(self, state: GrugTrainState) -> dict[str, float]:
@@ -112,7 +116,7 @@ class GrugRunner(eqx.Module):
     def harness(
         self, state: GrugTrainState, tasks: Sequence[str | dict[str, Any]] | None = None, **settings: Any
     ) -> dict[str, float]:
-        """Runs tasks of lm-eval on a state's parameters; the full report goes to `harness/step-N.json`.
+        """Runs tasks of lm-eval on a state's parameters; the full report is added to `harness/`.
 
         Args:
             state: whose parameters are scored.
@@ -202,7 +206,7 @@ class GrugRunner(eqx.Module):
     def fit(self, *, stop_after: int | None = None, resume_step: int | None = None) -> GrugTrainState:
         """Trains to the end, from the newest checkpoint of the run or from the start.
 
-        SIGTERM and SIGINT (Ctrl-C) save at the next step boundary; a script then exits with 128 + signal, an
+        SIGTERM, SIGINT (Ctrl-C) and SIGHUP save at the next step boundary; a script then exits with 128 + signal, an
         interactive session gets the state back. At the end the curves are drawn into `loss.png`.
 
         Args:

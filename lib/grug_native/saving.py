@@ -9,32 +9,23 @@ from grug_native.checkpoint_io import load_params, restore_checkpoint
 from grug_native.checkpoint_metadata import (
     CheckpointMetadata,
     CheckpointMismatchError,
-    RunIdentity,
     check_identity,
     config_differences,
     read_metadata,
 )
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
+from grug_native.data_record import add_record
 from grug_native.model import Transformer
 from grug_native.parts import RunParts
-from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, find_checkpoint, local_path, step_name
+from grug_native.resume import checkpoints_folder, run_identity
+from grug_native.run_folder import committed_steps, find_checkpoint, local_path, step_name
 from grug_native.state import GrugTrainState
 
 
-def run_identity(parts: RunParts) -> RunIdentity:
-    """What the run is, as far as resuming it is concerned; opens the data."""
-    from grug_native.token_cache import tokenizer_digest
-
-    config = parts.config
-    return RunIdentity(
-        run_id=config.run_id,
-        config=config_to_dict(config),
-        data_fingerprint=parts.data_fingerprint,
-        tokenizer_digest=tokenizer_digest(config.data),
-        mesh=dict(parts.mesh.shape),
-        cosmetic=COSMETIC_FIELDS,
-        allowed_changes=config.trainer.allow_changes,
-    )
+def record_data(parts: RunParts) -> None:
+    """Keeps in the run's folder which files its data fingerprint stands for; to be called under the lock."""
+    if jax.process_index() == 0:
+        add_record(local_path(parts.config.output_path), parts.data_fingerprint, parts.data_record)
 
 
 def open_checkpointer(parts: RunParts) -> GrugCheckpointer:
@@ -70,6 +61,7 @@ def save_state(parts: RunParts, state: GrugTrainState) -> Path:
             metadata = read_metadata(checkpointer.folder / step_name(newest))
             checkpointer.accept(metadata)
             skipped_steps = metadata.skipped_steps
+        record_data(parts)
         data_offset = parts.config.trainer.sequences_before(step)
         checkpointer.save_step_checkpoint(state, step=step, data_offset=data_offset, skipped_steps=skipped_steps)
     return path
@@ -110,9 +102,11 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
 
     Raises:
         ValueError: the run has no such checkpoint, or keeps no moving average.
-        CheckpointMismatchError: it is of another model.
+        CheckpointMismatchError: it is of another model, or of another tokenizer.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
+    from grug_native.token_cache import tokenizer_digest
+
     if ema and parts.config.trainer.ema_beta is None:
         raise ValueError("the run keeps no moving average (trainer.ema_beta is null): take its parameters instead")
     path = find_checkpoint(checkpoints_folder(parts), step)
@@ -122,10 +116,10 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
         changed = [d for d in changed if d.name not in COSMETIC_FIELDS]
         if changed:
             raise CheckpointMismatchError(f"{path} is of another model:", changed)
+    if metadata.tokenizer_digest != tokenizer_digest(parts.config.data):
+        raise CheckpointMismatchError(
+            f"data.tokenizer={parts.config.data.tokenizer!r} is not the tokenizer that {path} was trained with, and "
+            "its ids mean other tokens: give that one"
+        )
     with jax.set_mesh(parts.mesh):
         return metadata.step, load_params(path, parts.state_shape.params, ema=ema)
-
-
-def checkpoints_folder(parts: RunParts) -> Path:
-    """Where the checkpoints of a run are."""
-    return local_path(parts.config.output_path) / CHECKPOINTS_FOLDER

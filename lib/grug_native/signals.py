@@ -1,10 +1,11 @@
-"""Being told to stop: SIGTERM and SIGINT become a question that the loop asks at each step boundary."""
+"""Being told to stop: SIGTERM, SIGINT and SIGHUP become a question that the loop asks at each step boundary."""
 
 import itertools
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from contextvars import ContextVar, Token
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExitCode(IntEnum):
-    """What the process says when it ends. A stop by signal N is 128 + N: 130 for SIGINT, 143 for SIGTERM."""
+    """What the process says when it ends. Told to stop by signal N, it is 128 + N: 130 for SIGINT, 143 for SIGTERM."""
 
     FINISHED = 0
     """Every step is done, and the last checkpoint is committed."""
@@ -53,19 +54,25 @@ def leave_if_told_to_stop() -> None:
 class StopSignal:
     """While entered, the first SIGTERM or SIGINT is remembered, and another, a second later or more, ends the process.
 
+    SIGHUP is remembered too. But it says that the terminal is gone, and not that someone is in a hurry: it never counts
+    as the second one, nor as the one before it. Where it is ignored, as under `nohup`, it stays so.
+
     What comes sooner is the first one again: `uv run` and others pass on a signal that the whole group has had already.
     A thread watches for signals through a file descriptor that the C-level handler writes to, so a second signal works
     also while the main thread compiles or waits for a device.
 
     With `jax.distributed` and its preemption service, SIGTERM stays JAX's, which makes all processes stop at the same
-    step (a handler of ours would disable that); SIGINT is passed on to it as SIGTERM, and only a second SIGINT ends the
-    process at once.
+    step (a handler of ours would disable that); SIGINT and SIGHUP are passed on to it as SIGTERM, and only a second
+    SIGINT ends the process at once.
 
     Only the main thread may handle signals. Entered from a thread that runs in a copy of the main thread's context, as
     Marin's steps do, it passes on what the main thread's own is told; from any other, it never asks to stop.
     """
 
     def __init__(self) -> None:
+        self.nothing_to_lose = False
+        """Whether what has been done is on disk or done anew in no time: then the first signal may end the process at
+        once, wherever the main thread is, if it does not ask within a second. Never in an interactive session."""
         self._signal: signal.Signals | None = None
         self._agreed = False
         self._synced = jax.distributed.is_initialized() and bool(jax.config.values["jax_enable_preemption_service"])
@@ -83,7 +90,9 @@ class StopSignal:
         watched, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        handled = (signal.SIGINT,) if self._synced else (signal.SIGINT, signal.SIGTERM)
+        handled = [signal.SIGINT] if self._synced else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, _do_nothing) for number in handled}
         threading.Thread(
             target=self._watch, args=(watched, frozenset(handled)), name="grug-signals", daemon=True
@@ -100,6 +109,7 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._wakeup.close()  # the watching thread reads the end of the stream, and ends
+        self._wakeup = None
 
     @property
     def exit_code(self) -> int | None:
@@ -123,15 +133,26 @@ class StopSignal:
             while numbers := watched.recv(1):
                 if numbers[0] not in handled:
                     continue
-                if self._signal is not None:
-                    if time.monotonic() - first >= _SECONDS_APART:
+                if self._signal not in (None, signal.SIGHUP):
+                    if time.monotonic() - first >= _SECONDS_APART and numbers[0] != signal.SIGHUP:
                         os._exit(128 + numbers[0])
                     continue
                 first = time.monotonic()
                 self._signal = signal.Signals(numbers[0])
-                logger.warning("%s: saving at the next step; another one ends this at once", self._signal.name)
                 if self._synced:
+                    logger.warning("%s: saving at the next step; a second SIGINT ends this at once", self._signal.name)
                     os.kill(os.getpid(), signal.SIGTERM)
+                    continue
+                logger.warning("%s: saving at the next step; another one ends this at once", self._signal.name)
+                if self.nothing_to_lose and not hasattr(sys, "ps1"):
+                    leave = threading.Timer(_SECONDS_APART, self._leave, [self._signal])
+                    leave.daemon = True
+                    leave.start()
+
+    def _leave(self, number: signal.Signals) -> None:
+        if self.nothing_to_lose and self._wakeup is not None:
+            logger.warning("%s: there is nothing to save yet", number.name)
+            os._exit(128 + number)
 
 
 _SECONDS_APART = 1.0

@@ -24,6 +24,7 @@ from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import run_id_from
+from grug_native.run_place import tokenizer_of
 from grug_native.text_files import ROW_SUFFIXES, TEXT_SUFFIXES, FoundFiles, compression, suffix
 from grug_native.text_survey import Survey, known_survey, take_survey
 
@@ -114,6 +115,7 @@ def text_run(
         vocab_size=planned.model.vocab_size,
         weights=weights,
         text_key=text_key,
+        keep_tokenizer=tokenizer_of(run_folder),
         survey=survey,
     )
     stand_in = GrugNativeRunConfig(

@@ -98,6 +98,10 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                 path = _cache_path(cfg, part, cached, split)
                 if path is None or not _should_exist(cfg, cached, path, split):
                     continue
+                if not StoragePath(path).exists():
+                    raise ValueError(
+                        f"component {part!r}, {split} split: there is no token cache {path}. {_way_back(cfg, path)}"
+                    )
                 try:
                     wait_for(_verify_cache(cfg, cached, path))
                 except (OSError, ValueError, KeyError) as error:
@@ -107,9 +111,36 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                     ) from error
 
 
+def unmade_caches(cfg: LmDataConfig) -> list[str]:
+    """Returns the names of the training caches that levanter has yet to build."""
+    paths = {
+        part: (cached, _cache_path(cfg, part, cached, "train"))
+        for name, component in cfg.components.items()
+        for part, cached in cache_parts(name, component)
+    }
+    return [
+        part
+        for part, (cached, path) in paths.items()
+        if path is not None and cfg.auto_build_caches and not _should_exist(cfg, cached, path, "train")
+    ]
+
+
+def _corpus_of(path: str) -> Path | None:
+    return next((folder for folder in Path(path).parents if (folder / RECORD_FILE).is_file()), None)
+
+
+def _way_back(cfg: LmDataConfig, path: str) -> str:
+    if _corpus_of(path) is not None:
+        return _way_out(cfg, path)
+    build = "" if cfg.auto_build_caches else ", or set data.auto_build_caches=true to have it built from its source"
+    return (
+        "If it lies elsewhere now, put it back beside the run, or give its place in data.cache_dir (and data.tokenizer)"
+        f"{build}."
+    )
+
+
 def _way_out(cfg: LmDataConfig, path: str) -> str:
-    corpus = next((folder for folder in Path(path).parents if (folder / RECORD_FILE).is_file()), None)
-    if corpus is not None:
+    if (corpus := _corpus_of(path)) is not None:
         return f"Delete the folder of its corpus, {corpus}, to have all of it made anew."
     if cfg.auto_build_caches:
         return "Delete that folder (or restore it) to have the cache built anew."

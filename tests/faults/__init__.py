@@ -1,4 +1,4 @@
-"""Whole runs under the faults of the list below, F1 to F37.
+"""Whole runs under the faults of the list below, F1 to F43.
 
 What must hold after any one of them: the run goes on from its newest sound checkpoint, and its record (step, exact bits
 of the loss, learning rate, gradient norm, digest of the batch) and final state equal those of a run that nobody
@@ -13,7 +13,7 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F1 SIGKILL at random moments (slow) | test_kills, soak |
 | F2 SIGKILL at each point of the loop and of a save | test_kills |
 | F3 SIGTERM or SIGINT while compiling, stepping, evaluating, saving | test_kills; waiting for data: F27 |
-| F4 a second signal, SIGHUP | test_kills; in native code: tests/test_signals.py |
+| F4 a second signal, a closed terminal (SIGHUP) | test_kills; in native code: tests/test_signals.py |
 | F5 the end right after a save, an error in the loop | test_kills |
 | F6 a full disk (slow), F8 a read-only one (slow) | test_disks; an injected ENOSPC: F7 |
 | F7 a limit on the size of files, F37 no memory in a save | test_steps |
@@ -35,4 +35,6 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F33 stepping back, F34 resuming twice, at step 0, at the end | test_identity |
 | F35 what is kept | test_kills; random sequences: tests/test_checkpoint.py::test_what_is_kept |
 | F36 another version of the format | test_damage |
+| F38 a renamed folder, F39 a copied one, F40 a moved project | test_moves; paths: tests/test_run_place.py |
+| F41 a pipe that nobody reads, F42 and F43 Ctrl-C in each phase of a start | test_terminals; tests/test_streams.py |
 """

@@ -58,6 +58,8 @@ def fit(job: Job) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it would be ignored.
+    if job.directory is not None:
+        os.chdir(job.directory)
     os.environ.update(job.environment)
     os.environ.setdefault("NPROC", "16")
     jax.config.update("jax_num_cpu_devices", job.devices)

@@ -42,6 +42,8 @@ class Job:
     resume_step: int | None = None
     command: tuple[str, ...] = ()
     """What `grug` is given, in place of the script."""
+    directory: Path | None = None
+    """Where it works; None leaves it where the tests do."""
     xla_cache: Path | None = None
     """Compiled programs of earlier runs."""
     largest_file: int | None = None
@@ -83,6 +85,18 @@ class Running:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def code(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Ends it, by SIGKILL."""
+        self._process.kill()
+        self._process.join()
 
     def output(self) -> str:
         return self._output.read_bytes()[self._start :].decode() if self._output.exists() else ""

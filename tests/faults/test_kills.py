@@ -43,7 +43,6 @@ def test_f01_sigkill_at_random_moments(server: ForkServer, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fault", "code", "reached"),
     [
-        ("term@compile:0", 143, 1),
         ("term@data:3", 143, 4),
         ("int@step:3", 130, 4),
         ("term@pre_save:4", 143, 4),
@@ -97,13 +96,11 @@ def test_f04_the_second_signal_ends_it_at_once(number: signal.Signals, run: Run,
     assert run.names() == whole.names()
 
 
-def test_f04_sighup_is_a_kill(run: Run, whole: Run) -> None:
-    process = run.start("sleep@step:5")
-    process.until(lambda: 4 in committed_steps(run.checkpoints))
-    process.send(signal.SIGHUP)
-    process.wait(10).expect(-signal.SIGHUP)
+def test_f04_a_terminal_that_closes_saves(run: Run, whole: Run) -> None:
+    run.fit("hup@step:5").expect(129, "SIGHUP: saving at the next step")
+    assert run.steps[0] == 6
     run.fit().expect(0)
-    run.expect_equal(whole)
+    assert run.record() == whole.record() and run.digests() == whole.digests()
 
 
 def test_f05_an_error_in_the_loop_comes_after_the_save_under_way(run: Run, whole: Run) -> None:

@@ -34,6 +34,7 @@ from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.parts import load_tokenizer
 from grug_native.progress import configure_logging
 from grug_native.results import print_results
+from grug_native.run_place import tokenizer_of
 
 if TYPE_CHECKING:
     from fray.types import ResourceConfig
@@ -89,7 +90,7 @@ def build_run(
     if size == "tiny":
         return GrugNativeRunConfig(
             model=model,
-            data=data or local_data("runs/corpora"),
+            data=data or local_data("runs/corpora", output_path=output_path),
             optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
             trainer=GrugTrainerConfig(num_train_steps=340 if steps is None else steps, train_batch_size=16),
             eval=GrugEvalConfig(steps_per_eval=85, max_eval_batches=8),
@@ -113,11 +114,17 @@ def build_run(
     )
 
 
-def local_data(cache_dir: str) -> "LmDataConfig":
-    """What every Python carries, as training data; made under `cache_dir` on the first call."""
+def local_data(cache_dir: str, *, output_path: str | None = None) -> "LmDataConfig":
+    """What every Python carries, as training data; made under `cache_dir` on the first call.
+
+    Args:
+        cache_dir: where corpora are kept.
+        output_path: folder of the run; one that has been started keeps its tokenizer.
+    """
     from grug_native.corpus import embedded_corpus
 
-    return embedded_corpus(cache_dir, vocab_size=MODEL_PRESETS["tiny"].vocab_size)
+    kept = None if output_path is None else tokenizer_of(Path(output_path))
+    return embedded_corpus(cache_dir, vocab_size=MODEL_PRESETS["tiny"].vocab_size, keep_tokenizer=kept)
 
 
 def hub_data(name: str, cache_dir: str) -> "LmDataConfig":
@@ -190,13 +197,14 @@ def choose_data(name: str, *, output_path: str | None = None) -> "LmDataConfig":
         ValueError: if it is none of these, or there is no text in the folder.
     """
     if name == "local":
-        return local_data("runs/corpora")
+        return local_data("runs/corpora", output_path=output_path)
     if Path(name).is_dir():
         from grug_native.corpus import local_text_data
         from grug_native.documents import find_files
 
         files = find_files("--data", name, leave_out=[Path("runs"), Path(output_path or "runs")]).files
-        return local_text_data({"text": files}, cache_dir="runs/corpora")
+        kept = None if output_path is None else tokenizer_of(Path(output_path))
+        return local_text_data({"text": files}, cache_dir="runs/corpora", keep_tokenizer=kept)
     return hub_data(name, "runs/caches")
 
 
@@ -321,7 +329,8 @@ def _run(arguments: argparse.Namespace) -> None:
         run = run_steps(step, cluster=arguments.cluster)
         print_results(run.results(), run.path)
         return
-    data = choose_data(arguments.data, output_path=arguments.output_path) if arguments.data else None
+    output_path = arguments.output_path or f"runs/grugformer-{size}"
+    data = choose_data(arguments.data, output_path=output_path) if arguments.data else None
     if arguments.data and not _is_local(arguments.data):
         _check_hub(arguments.data)
     config = build_run(size, data=data, output_path=arguments.output_path, num_train_steps=steps)

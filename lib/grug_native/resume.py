@@ -1,0 +1,112 @@
+"""Whether a run may go on from a checkpoint, and as what: the same checks for its plan and for itself."""
+
+import logging
+from pathlib import Path
+
+from grug_native.checkpoint_leaves import check_leaves, leaf_records, named_leaves
+from grug_native.checkpoint_metadata import (
+    CheckpointMetadata,
+    CheckpointMismatchError,
+    DamagedCheckpointError,
+    RunIdentity,
+    check_identity,
+    no_usable_checkpoint,
+    read_metadata,
+)
+from grug_native.config import COSMETIC_FIELDS, GrugTrainerConfig, config_to_dict
+from grug_native.data_record import read_records
+from grug_native.parts import RunParts
+from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined, step_name
+
+logger = logging.getLogger(__name__)
+
+
+def run_identity(parts: RunParts) -> RunIdentity:
+    """What the run is, as far as resuming it is concerned; opens the data."""
+    from grug_native.token_cache import tokenizer_digest
+
+    config = parts.config
+    return RunIdentity(
+        run_id=config.run_id,
+        config=config_to_dict(config),
+        data_fingerprint=parts.data_fingerprint,
+        tokenizer_digest=tokenizer_digest(config.data),
+        mesh=dict(parts.mesh.shape),
+        cosmetic=COSMETIC_FIELDS,
+        allowed_changes=config.trainer.allow_changes,
+        data=parts.data_record,
+        known_data=read_records(local_path(config.output_path)),
+    )
+
+
+def check_resume(parts: RunParts) -> int | None:
+    """Finds what the run would go on from, and checks it as far as that is possible without reading an array.
+
+    Opens the data, if the run has a checkpoint; and makes none.
+
+    Returns:
+        The step; None for a fresh start.
+
+    Raises:
+        CheckpointMismatchError: the newest checkpoint is of another run, configuration, data or model.
+        NoUsableCheckpointError: there are checkpoints, all damaged.
+    """
+    folder = checkpoints_folder(parts)
+    metadata = _newest(folder)
+    if metadata is None:
+        return None
+    check_identity(metadata, _identity_so_far(parts, metadata))
+    check_leaves(metadata.leaves, leaf_records(named_leaves(parts.state_shape)))
+    check_data_offset(parts.config.trainer, metadata)
+    return metadata.step
+
+
+def _newest(folder: Path) -> CheckpointMetadata | None:
+    steps = committed_steps(folder)
+    for step in steps:
+        try:
+            return read_metadata(folder / step_name(step))
+        except DamagedCheckpointError as error:
+            logger.error("CHECKPOINT DAMAGED: %s; trying the next older one", error)
+    if steps or quarantined(folder):
+        raise no_usable_checkpoint(folder, [*map(step_name, steps), *(path.name for path in quarantined(folder))])
+    return None
+
+
+def _identity_so_far(parts: RunParts, metadata: CheckpointMetadata) -> RunIdentity:
+    """As `run_identity`; where the token caches have yet to be made, the data pass for those of the checkpoint."""
+    from grug_native.token_cache import tokenizer_digest, unmade_caches
+
+    if not (unmade := unmade_caches(parts.config.data)):
+        return run_identity(parts)
+    logger.warning("whether the data are those of the checkpoint will be known once their caches are made: %s", unmade)
+    config = parts.config
+    return RunIdentity(
+        run_id=config.run_id,
+        config=config_to_dict(config),
+        data_fingerprint=metadata.data_fingerprint,
+        tokenizer_digest=tokenizer_digest(config.data),
+        mesh=dict(parts.mesh.shape),
+        cosmetic=COSMETIC_FIELDS,
+        allowed_changes=config.trainer.allow_changes,
+    )
+
+
+def check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) -> None:
+    """Checks that the batch after a checkpoint is the next one.
+
+    Raises:
+        CheckpointMismatchError: the batch sizes before it were others.
+    """
+    step, offset, wanted = metadata.step, metadata.data_offset, trainer.sequences_before(metadata.step)
+    if offset != wanted:
+        raise CheckpointMismatchError(
+            f"step {step} was saved after {offset} sequences, and with trainer.train_batch_size="
+            f"{trainer.train_batch_size} it would come after {wanted}, so that the next batch would not be the next: "
+            f"give the change as a schedule that begins at step {step}, ((0, ...), ({step}, ...))"
+        )
+
+
+def checkpoints_folder(parts: RunParts) -> Path:
+    """Where the checkpoints of a run are."""
+    return local_path(parts.config.output_path) / CHECKPOINTS_FOLDER
