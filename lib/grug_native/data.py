@@ -56,6 +56,8 @@ class VocabCheckedDataset(AsyncDataset[GrugLmExample]):
     """The component's name in the data config."""
     vocab_size: int
     """Ids must lie in `[0, vocab_size)`."""
+    spaces_before_eos: bool = False
+    """Whether each document ends in a space that its text does not have; see `token_cache.spaces_before_eos`."""
 
     @override
     async def async_len(self) -> int:

@@ -16,6 +16,7 @@ from grug_native.model import Transformer
 from grug_native.sample import generate, on_one_device
 from grug_native.scoring import Request, Scorer
 from grug_native.signals import leave_if_told_to_stop
+from grug_native.text_tokens import text_only
 
 _DEFAULT_NEW_TOKENS = 256
 """Of a generation task that names no limit; half a row, where rows are short."""
@@ -41,7 +42,7 @@ class GrugLM(TemplateLM):
         self.tokens = 0
         """Positions of the model that requests for log-likelihoods have taken so far."""
         self._scorer = scorer
-        self._text = tokenizer
+        self._text = text_only(tokenizer)
         self._eos = tokenizer.eos_token_id
         self._document_start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 

@@ -15,6 +15,7 @@ from grug_native.mesh import create_mesh
 from grug_native.metrics import Throughput, flops_per_token, peak_device_flops
 from grug_native.optimizer import GrugOptimizer
 from grug_native.state import GrugTrainState, init_train_state
+from grug_native.text_tokens import text_only
 from grug_native.train import GrugStepConfig
 
 if TYPE_CHECKING:
@@ -109,12 +110,12 @@ class RunParts:
 
     @cached_property
     def tokenizer(self) -> "MarinTokenizer":
-        """The tokenizer of the data.
+        """The tokenizer of the data; of the spelling of a special token it makes text.
 
         Raises:
             ValueError: if it is not to be had, or has more tokens than the model.
         """
-        tokenizer, vocab_size = load_tokenizer(self.config.data), self.config.model.vocab_size
+        tokenizer, vocab_size = text_only(load_tokenizer(self.config.data)), self.config.model.vocab_size
         if len(tokenizer) > vocab_size:
             raise ValueError(
                 f"model.vocab_size={vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "

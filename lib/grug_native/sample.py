@@ -18,6 +18,7 @@ from grug_native.loss import ComputeDtype
 from grug_native.mesh import AXIS_NAMES
 from grug_native.model import Block, GrugModelConfig, Transformer, cast_parameters
 from grug_native.rotary import apply_rotary, rotary_tables
+from grug_native.text_tokens import text_only
 from grug_native.types import Scalar
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def sample(
     """Continues a text until the tokenizer's end of document; see `generate` for the arguments.
 
     A text begins as training documents do: after the tokenizer's BOS, if it has one. An empty prompt without one
-    begins after EOS. With None for `max_new_tokens`, at most 128 are drawn, or as many as there is room for.
+    begins after EOS. The spelling of a special token is text. With None for `max_new_tokens`, at most 128 are drawn, or as many as there is room for.
 
     Returns:
         The prompt and its continuation.
@@ -234,7 +235,7 @@ def sample(
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = [] if bos is None else [bos]
-    ids = tokenizer.encode(prompt)
+    ids = text_only(tokenizer).encode(prompt)
     if not start and not ids:
         if eos is None:
             raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with: give a prompt")
