@@ -19,6 +19,7 @@ from levanter.data.text.examples import GrugLmExample
 from levanter.grug.attention import AttentionMask
 from levanter.tokenizers import MarinTokenizer
 from lm_eval.tasks._index import TaskIndex
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grug_native.corpus import local_text_data
 from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
@@ -29,6 +30,7 @@ from grug_native.model import GrugModelConfig, Transformer
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.scoring import Scorer
 from grug_native.state import init_train_state
+from grug_native.text_tokens import text_only
 from grug_native.train import train_step
 from tests.fixtures_data import make_text
 from tests.fixtures_run import SMALL_MODEL
@@ -271,20 +273,27 @@ def test_a_model_trained_on_prose_tells_good_from_bad(make_task: MakeTask, tmp_p
 
 
 def test_lm_evals_own_bits_per_byte_are_ours(scorer: Scorer, tokenizer: MarinTokenizer, make_task: MakeTask) -> None:
-    texts = [
-        text
-        for text in ["ö", "日本 🐕", *(make_text(seed, 8) for seed in range(5))]
-        if len(tokenizer.encode(text)) < 64
-    ]
-    assert len(texts) >= 3 and tokenizer.eos_token_id is not None
-    task = make_task("pages", "loglikelihood_rolling", [{"text": text} for text in texts])
-    theirs = build_harness(GrugHarnessConfig(tasks=(task,)), tokenizer).run(scorer, step=0)
+    texts = ["ö", "日本 🐕", "in tokenizers <|endoftext|> is special ", *(make_text(seed, 8) for seed in range(5))]
+    texts += [make_text(seed, 8 * seed) for seed in range(6, 20)]
+    text, eos = text_only(tokenizer), tokenizer.eos_token_id
+    lengths = [len(text.encode(own)) for own in texts]
+    assert eos is not None and min(lengths) < 10 and max(lengths) > 300
+    task = make_task("pages", "loglikelihood_rolling", [{"text": own} for own in texts])
+    # As lm-eval's windows, but for the room for EOS in a row of 64.
+    shorter = replace(scorer, row_length=62)
+    theirs = build_harness(GrugHarnessConfig(tasks=(task,)), tokenizer).run(shorter, step=0)
     examples: list[GrugLmExample] = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        tokens = np.array([tokenizer.eos_token_id, *ids] + [0] * (63 - len(ids)), np.int32)
-        weight = (np.arange(64) < len(ids)).astype(np.float32)
-        examples.append(GrugLmExample(jnp.asarray(tokens), jnp.asarray(weight), AttentionMask.causal()))
+    for own in texts:
+        # lm-eval's own windows: all tokens of the text, each once, and here the end of the document after the last.
+        windows = [make_disjoint_window(w) for w in get_rolling_token_windows(text.encode(own), eos, 62, 1)]
+        for number, (context, scored) in enumerate(windows):
+            scored = [*scored, eos] if number == len(windows) - 1 else scored
+            ids = [*context, *scored]
+            tokens = np.array(ids + [0] * (64 - len(ids)), np.int32)
+            at = np.arange(64)
+            weight = ((at >= len(context) - 1) & (at < len(ids) - 1)).astype(np.float32)
+            # One segment: here the first EOS is the context of the text, as in lm-eval.
+            examples.append(GrugLmExample(jnp.asarray(tokens), jnp.asarray(weight), AttentionMask.causal()))
     ours = build_tagged_evaluator(
         [(ListAsyncDataset(examples), ["pages"])],
         batch_size=4,
@@ -292,7 +301,7 @@ def test_lm_evals_own_bits_per_byte_are_ours(scorer: Scorer, tokenizer: MarinTok
         vocab_size=scorer.params.config.vocab_size,
         tokenizer=tokenizer,
     ).evaluate(scorer.params)
-    assert ours["eval/bpb_exact"] == pytest.approx(theirs["lm_eval/pages/bits_per_byte"], abs=1e-4)
+    assert ours["eval/bpb_exact"] == pytest.approx(theirs["lm_eval/pages/bits_per_byte"], abs=1e-5)
 
 
 def _batch(tokenizer: MarinTokenizer, lines: list[str], step: int) -> GrugLmExample:

@@ -8,7 +8,7 @@ from levanter.data.passthrough_tokenizer import PassthroughTokenizer
 from levanter.tokenizers import HfMarinTokenizer
 
 from grug_native.corpus_store import EOS
-from grug_native.text_tokens import EOS_FOLLOWS_TEXT, DocumentTokenizer, text_only
+from grug_native.text_tokens import DocumentTokenizer, text_only
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -37,7 +37,7 @@ def test_bos_and_eos_are_those_of_the_tokenizer(tokenizer: HfMarinTokenizer) -> 
     without = DocumentTokenizer(replace(tokenizer, _eos_id=None, _eos_token=None), "there")
     assert without(["grug"]) == [plain[:-1]]
     made = DocumentTokenizer(tokenizer, "there").metadata
-    assert (made["tokenizer"], made["append_eos"], made[EOS_FOLLOWS_TEXT]) == ("there", True, True)
+    assert (made["tokenizer"], made["append_eos"]) == ("there", True)
 
 
 def test_special_tokens_are_not_made_of_text_and_levanters_tokenizer_stays(tokenizer: HfMarinTokenizer) -> None:

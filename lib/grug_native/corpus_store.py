@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from grug_native.text_tokens import DocumentTokenizer
+from grug_native.text_tokens import EOS_FOLLOWS_TEXT, DocumentTokenizer
 
 type Split = Literal["train", "validation"]
 type Domains = Mapping[str, Callable[[], Iterable[tuple[Split, str]]]]
@@ -184,6 +184,7 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
                     rows = [np.asarray(ids) for ids in tokenize(texts)]
                     writer.write_batch([{"input_ids": row} for row in rows])
                     count["tokens"] += sum(map(len, rows))
+            (folder / EOS_FOLLOWS_TEXT).touch()
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

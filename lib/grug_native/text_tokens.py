@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS_FOLLOWS_TEXT = "eos_follows_text"
-"""In a token cache's metadata: each document is the tokens of its text and EOS. levanter puts a space between them."""
+"""File in a token cache whose documents are the tokens of their text and EOS. levanter puts a space between them.
+
+It is no part of the cache's own metadata, as levanter warns of any that differ from its own.
+"""
 
 
 def text_only(tokenizer: "MarinTokenizer") -> "MarinTokenizer":
@@ -47,7 +50,7 @@ class DocumentTokenizer:
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.exemplar: dict[str, Any] = expected.output_exemplar
         """A row as token caches want to see one."""
-        self.metadata: dict[str, Any] = expected.metadata | {"tokenizer": recorded_name, EOS_FOLLOWS_TEXT: True}
+        self.metadata: dict[str, Any] = expected.metadata | {"tokenizer": recorded_name}
         """What token caches record of how they were made."""
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:

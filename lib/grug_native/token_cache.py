@@ -133,10 +133,12 @@ def spaces_before_eos(cfg: LmDataConfig, name: str, split: Split) -> bool:
 def _space_before_eos(cfg: LmDataConfig, component: DatasetComponent, path: str) -> bool:
     if not isinstance(component.format, TextLmDatasetFormat) or not StoragePath(f"{path}/{LEDGER_FILE_NAME}").exists():
         return False
+    if StoragePath(f"{path}/{EOS_FOLLOWS_TEXT}").exists():
+        return False
     made = CacheLedger.load(path).metadata.preprocessor_metadata
     if made is None:
         made = preprocessor_for_format(component.format, cfg.the_tokenizer, enforce_eos=cfg.enforce_eos).metadata
-    return bool(made.get("append_eos")) and not made.get(EOS_FOLLOWS_TEXT)
+    return bool(made.get("append_eos"))
 
 
 def _corpus_of(path: str) -> Path | None:
