@@ -20,11 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grug_native.loss import next_tokens
 from grug_native.mesh import BATCH_AXES, out_sharding
+from grug_native.shell import offer
 
 if TYPE_CHECKING:
     from levanter.tokenizers import MarinTokenizer
 
 _PROBE = "Hello, world! 1 + 2 = 3\n\té 日本 🐕"
+_WITHOUT = offer("eval.compute_bpb", "false")
 _SPACE_MARK = "▁"
 """How SentencePiece spells a space."""
 
@@ -103,14 +105,14 @@ def token_bytes(tokenizer: "MarinTokenizer", vocab_size: int) -> TokenBytes:
 
     name = tokenizer.name_or_path
     if not isinstance(tokenizer, HfMarinTokenizer):
-        raise ValueError(f"tokenizer {name!r} knows no text, and so no bytes: set eval.compute_bpb=false")
+        raise ValueError(f"tokenizer {name!r} knows no text, and so no bytes: give {_WITHOUT}")
     # The one place where levanter keeps the kind of a tokenizer, and which of its added tokens are special.
     spec = json.loads(tokenizer._tokenizer.to_str())
     kinds = _decoder_kinds(spec["decoder"])
     if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
         raise ValueError(
             f"tokenizer {name!r} decodes by {sorted(kinds)}, from which the bytes of a token cannot be told: "
-            "use a byte-level BPE or SentencePiece tokenizer, or set eval.compute_bpb=false"
+            f"use a byte-level BPE or SentencePiece tokenizer, or give {_WITHOUT}"
         )
     added = {token["id"]: token for token in spec["added_tokens"]}
     special_ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token["special"])}
@@ -204,5 +206,5 @@ def _check_probe(table: TokenBytes, ids: Sequence[int], unknown: int | None, nam
     if counted != true:
         raise ValueError(
             f"tokenizer {name!r} does not keep the bytes of a text: it makes {counted} of the {true} bytes of "
-            f"{_PROBE!r}, so bits per byte would be wrong: set eval.compute_bpb=false"
+            f"{_PROBE!r}, so bits per byte would be wrong: give {_WITHOUT}"
         )

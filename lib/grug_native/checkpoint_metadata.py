@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, override
 
 from grug_native.run_folder import fsync
+from grug_native.shell import offer
 
 METADATA_FILE = "grug_checkpoint.json"
 """The file's name; a step folder without it is no checkpoint."""
@@ -269,7 +270,7 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"
             " results; put them back, give another output_path, or, if the state keeps its arrays, resume with"
-            f" trainer.allow_changes={[d.name for d in refused]}:",
+            f" {offer('trainer.allow_changes', '[' + ', '.join(d.name for d in refused) + ']')}:",
             refused,
         )
     return metadata.lineage + tuple(f"step {metadata.step}: {d}" for d in found)

@@ -18,6 +18,7 @@ from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import fsync
+from grug_native.types import check_seed
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -82,6 +83,9 @@ class GrugTrainerConfig:
         for name in ("num_train_steps", "log_every", "prefetch", "keep_last_checkpoints"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
+        check_seed("trainer.seed", self.seed)
+        if self.data_seed is not None:
+            check_seed("trainer.data_seed", self.data_seed)
         if self.max_skipped_steps < 0:
             raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps} must not be negative")
         if self.train_seq_len is not None and self.train_seq_len < 2:
@@ -255,22 +259,23 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
     return decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
 
 
-def save_config(config: GrugNativeRunConfig, path: Path) -> None:
+def save_config(config: GrugNativeRunConfig, path: str | Path) -> None:
     """Writes the config as YAML, whole or not at all."""
+    path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
     fsync(partial)
     partial.replace(path)
 
 
-def load_config(path: Path) -> GrugNativeRunConfig:
+def load_config(path: str | Path) -> GrugNativeRunConfig:
     """Reads a config from YAML.
 
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
         FileNotFoundError: if there is no such file.
     """
-    return config_from_dict(read_config_file(path))
+    return config_from_dict(read_config_file(Path(path)))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

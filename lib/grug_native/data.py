@@ -34,6 +34,7 @@ from levanter.utils.thread_utils import blocking_wait
 from grug_native.faults import fault_point
 from grug_native.mesh import BATCH_AXES
 from grug_native.mixture import check_mixture
+from grug_native.shell import offer
 from grug_native.token_cache import cache_parts, token_field, verify_caches, wait_for
 
 BATCH_AXIS = "__BATCH__"
@@ -212,7 +213,7 @@ def batch_at(loader: DataLoader[GrugLmExample], step: SupportsIndex) -> GrugLmEx
             if dataset.is_finite() and first + size > (available := await dataset.async_len()):
                 raise ValueError(
                     f"step {step} needs the sequences {first} to {first + size - 1}, but the training data end after "
-                    f"{available}: train fewer steps, or set data.stop_strategy='restart'"
+                    f"{available}: train fewer steps, or give {offer('data.stop_strategy', 'restart')}"
                 )
             return await dataset.get_batch([first + row for row in rows])
 

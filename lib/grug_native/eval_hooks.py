@@ -32,6 +32,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.loss import ComputeDtype, next_tokens, per_token_loss
 from grug_native.mesh import BATCH_AXES, constrain
 from grug_native.model import Transformer
+from grug_native.shell import offer
 from grug_native.signals import leave_if_told_to_stop
 from grug_native.state import GrugTrainState
 from grug_native.token_cache import spaces_before_eos, verify_caches
@@ -182,6 +183,8 @@ def build_tagged_evaluator(
             f"eval.eval_batch_size={batch_size} does not divide over {shards} data-parallel devices: "
             f"use {-(-batch_size // shards) * shards}"
         )
+    if max_batches is not None:
+        _say_what_is_left_out(sets, max_batches * batch_size)
     table = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
     # Every process has the whole table, so one global array can be made of it.
     on_mesh = None if table is None else jax.device_put(table, NamedSharding(mesh, PartitionSpec()))
@@ -222,6 +225,20 @@ def build_tagged_evaluator(
     )
 
 
+def _say_what_is_left_out(sets: TaggedSets, most: int) -> None:
+    sizes = [blocking_wait(dataset.async_len()) for dataset, _ in sets]
+    taken = sum(min(size, most) for size in sizes)
+    if taken < sum(sizes):
+        everything = offer("eval.max_eval_batches", "null")
+        logger.info(
+            "evaluations take %s of the %s held-out sequences, %s of a set at most; all of them with %s",
+            f"{taken:,}",
+            f"{sum(sizes):,}",
+            f"{most:,}",
+            everything,
+        )
+
+
 def build_tagged_eval_callback(
     evaluation: TaggedEval, config: GrugEvalConfig
 ) -> Callable[[GrugTrainState], dict[str, float]]:
@@ -240,7 +257,7 @@ def build_tagged_eval_callback(
         if not metrics:
             raise ValueError(
                 "eval.eval_current=false leaves the moving average to evaluate, and the run keeps none: "
-                "set trainer.ema_beta, or eval.eval_current=true"
+                f"set trainer.ema_beta, or give {offer('eval.eval_current', 'true')}"
             )
         return metrics
 

@@ -36,6 +36,7 @@ from grug_native.plan import build_plan
 from grug_native.progress import ProgressLine, StartUp, messages_shown
 from grug_native.run_folder import CONFIG_FILE, RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.saving import open_checkpointer
+from grug_native.shell import offer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
 from grug_native.tracker import RunTracker, build_trackers
@@ -271,7 +272,8 @@ class _StepLog:
         saved = committed_steps(self._checkpointer.folder)
         last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
         way_out = (
-            "to leave such steps out, set trainer.nonfinite='skip' and trainer.allow_changes=['trainer.nonfinite']"
+            "to leave such steps out, give "
+            f"{offer('trainer.nonfinite', 'skip')} {offer('trainer.allow_changes', '[trainer.nonfinite]')}"
             if trainer.nonfinite == "stop"
             else f"raise trainer.max_skipped_steps={trainer.max_skipped_steps}, which bounds those of the whole run"
         )

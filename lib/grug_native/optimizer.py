@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import get_abstract_mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from grug_native.mesh import constrain, explicit_mesh
@@ -109,7 +110,10 @@ class GrugOptimizerConfig:
         if self.schedule == "cosine":
             falling = optax.cosine_decay_schedule(peak, span, self.min_lr_ratio)
         else:
-            falling = optax.linear_schedule(peak, final, span)
+            straight = optax.linear_schedule(peak, final, span)
+
+            def falling(count: ArrayLike) -> Array:
+                return jnp.where(jnp.asarray(count) >= span, final, straight(count))  # optax ends a rounding beside it
         return optax.join_schedules(
             [
                 lambda count: peak * (count + 1) / max(warmup, 1),

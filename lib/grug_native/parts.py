@@ -197,13 +197,13 @@ class RunParts:
         """The tasks of lm-eval which the config names; None where it names none.
 
         Raises:
-            ValueError: if there is no such task, or it executes code.
+            ValueError: as `build_harness`.
         """
         if self.config.eval.harness is None:
             return None
         from grug_native.eval_harness import build_harness
 
-        return build_harness(self.config.eval.harness, self.tokenizer)
+        return build_harness(self.config.eval.harness, self.tokenizer, max_length=self.config.seq_len)
 
     @property
     def eval_batch_size(self) -> int:

@@ -19,7 +19,7 @@ from grug_native.mesh import AXIS_NAMES
 from grug_native.model import Block, GrugModelConfig, Transformer, cast_parameters
 from grug_native.rotary import apply_rotary, rotary_tables
 from grug_native.text_tokens import text_only
-from grug_native.types import Scalar
+from grug_native.types import Scalar, check_seed
 
 if TYPE_CHECKING:
     from levanter.tokenizers import MarinTokenizer
@@ -127,9 +127,9 @@ def generate(
             what `on_one_device` makes of it.
         prompt: token ids, at least one.
         max_new_tokens: at most so many are drawn.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits, a number of at least 0; 0 takes the likeliest token.
         top_k: draw among so many likeliest tokens; None draws among all.
-        seed: of the drawing.
+        seed: of the drawing, in [-2^31, 2^32).
         stop_token: ends the text, and is not part of it.
         compute_dtype: of the computation.
 
@@ -141,11 +141,11 @@ def generate(
     if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise ValueError(f"the prompt must be token ids in [0, {config.vocab_size}), at least one; it is {prompt}")
     check_room(config, len(prompt), max_new_tokens)
-    if temperature < 0 or (top_k is not None and not 1 <= top_k <= config.vocab_size):
-        raise ValueError(
-            f"temperature={temperature} must not be negative, and top_k={top_k} must be null or lie in "
-            f"[1, {config.vocab_size}]"
-        )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be a number of at least 0; 0 takes the likeliest token")
+    check_seed("seed", seed)
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k={top_k} must be null or lie in [1, {config.vocab_size}]")
     local = on_one_device(params)
     length = min(_round_up(len(prompt) + max_new_tokens), config.max_seq_len)
     tokens = np.zeros(length, np.int32)

@@ -29,6 +29,7 @@ from levanter.utils.thread_utils import blocking_wait
 from rigging.filesystem.storage_path import StoragePath
 
 from grug_native.corpus_store import RECORD_FILE
+from grug_native.shell import offer
 from grug_native.text_tokens import EOS_FOLLOWS_TEXT
 
 type Split = Literal["train", "validation"]
@@ -151,7 +152,8 @@ def _way_out(cfg: LmDataConfig, path: str) -> str:
         return f"Delete the folder of its corpus, {corpus}, to have all of it made anew."
     if cfg.auto_build_caches:
         return "Delete that folder (or restore it) to have the cache built anew."
-    return "Restore that folder; or delete it, and set data.auto_build_caches=true to have the cache built anew."
+    build = offer("data.auto_build_caches", "true")
+    return f"Restore that folder; or delete it, and give {build} to have the cache built anew."
 
 
 def _cache_path(cfg: LmDataConfig, part: str, component: DatasetComponent, split: Split) -> str | None:
