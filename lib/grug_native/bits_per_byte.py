@@ -1,10 +1,10 @@
 """Exact bits per byte: the nats of the tokens of a text, over the bytes of the text.
 
-The definition is that of `bits_per_byte` in lm-eval. The bytes are those of the documents in UTF-8, and the nats those of
-the tokens that stand for them. What is put around a document has neither: BOS, EOS, and the space that levanter puts
-before EOS, so what it costs the model to predict an end is not counted. On one layout of the documents over sequences, as
-lm-eval's rolling windows are, both give the same number; where documents are packed end to end, the first token of each
-sequence is predicted by nothing, and counts in neither sum.
+The definition is that of `bits_per_byte` in lm-eval. The bytes are those of the documents in UTF-8, and the nats those
+of the tokens that stand for them. What is put around a document has neither: BOS, EOS, and the space that levanter puts
+before EOS, so what it costs the model to predict an end is not counted. Where the documents lie in sequences as in
+lm-eval's rolling windows, both give the same number; where documents are packed end to end, a text may begin in the
+middle of a sequence, and the first token of each sequence is predicted by nothing, and counts in neither sum.
 """
 
 import json
@@ -77,7 +77,9 @@ class TokenBytes(eqx.Module):
             return jnp.asarray(table).at[ids].get(out_sharding=spec)
 
         special, after_space = look_up(self.special, predicted), look_up(self.ends_in_space, tokens)
-        counts = jnp.where(look_up(self.special, tokens), look_up(self.first, predicted), look_up(self.inside, predicted))
+        counts = jnp.where(
+            look_up(self.special, tokens), look_up(self.first, predicted), look_up(self.inside, predicted)
+        )
         around = ((predicted == self.eos) & after_space) | ((predicted == self.bos) & (tokens == self.eos))
         levanters = spaces_before_eos[:, None]
         spelled_out = levanters & special & ~around

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_words(rest)
     except ValueError as error:
         parser.error(str(error))
-    parsed = _parse(parser, verbs, rest)
+    parsed = parse(parser, verbs, rest)
     if overrides and not parsed.takes_overrides:
         parser.error(
             f"--{overrides[0][0]} is a field of a run's config, and this command reads no other than the run's"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _parse(parser: argparse.ArgumentParser, verbs: Verbs, words: Sequence[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, verbs: Verbs, words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line whose texts may stand before its options, between and after them."""
     for length in (1, 2):
         verb = verbs.get(tuple(words[:length]))

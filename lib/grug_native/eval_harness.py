@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from levanter.tokenizers import MarinTokenizer
 from lm_eval import evaluator
-from lm_eval.api.task import ConfigurableTask as Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict, load_yaml
 from lm_eval.utils import handle_non_serializable
@@ -129,7 +129,7 @@ def _check_examples(name: str, task: Task) -> None:
         return
     there = len(list(task.fewshot_docs()))
     # Where examples come from the documents themselves, the one that is asked about is none of them.
-    own = task.fewshot_cfg.split == task.get_config("test_split")
+    own = isinstance(task, ConfigurableTask) and task.fewshot_cfg.split == task.get_config("test_split")
     if wanted + own > there:
         most = max(there - own, 0)
         way_out = offer("eval.harness.num_fewshot", str(most))

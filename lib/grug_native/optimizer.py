@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import get_abstract_mesh
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from grug_native.mesh import constrain, explicit_mesh
@@ -111,9 +110,8 @@ class GrugOptimizerConfig:
             falling = optax.cosine_decay_schedule(peak, span, self.min_lr_ratio)
         else:
             straight = optax.linear_schedule(peak, final, span)
-
-            def falling(count: ArrayLike) -> Array:
-                return jnp.where(jnp.asarray(count) >= span, final, straight(count))  # optax ends a rounding beside it
+            # optax ends a rounding beside the last rate, and so below zero where that is 0.
+            falling = lambda count: jnp.where(count >= span, final, straight(count))  # noqa: E731
         return optax.join_schedules(
             [
                 lambda count: peak * (count + 1) / max(warmup, 1),

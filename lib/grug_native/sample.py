@@ -225,7 +225,8 @@ def sample(
     """Continues a text until the tokenizer's end of document; see `generate` for the arguments.
 
     A text begins as training documents do: after the tokenizer's BOS, if it has one. An empty prompt without one
-    begins after EOS. The spelling of a special token is text. With None for `max_new_tokens`, at most 128 are drawn, or as many as there is room for.
+    begins after EOS. The spelling of a special token is text. With None for `max_new_tokens`, at most 128 are drawn, or
+    as many as there is room for.
 
     Returns:
         The prompt and its continuation.
