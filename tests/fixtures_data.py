@@ -1,9 +1,13 @@
 """Session fixtures that hold text data: one line in conftest.py, `pytest_plugins = ["tests.fixtures_data"]`."""
 
+import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -42,6 +46,25 @@ def small_corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         validation_fraction=0.2,
         mixture_block_size=8,
     )
+
+
+@pytest.fixture(scope="session")
+def older_corpus(small_corpus: "LmDataConfig", tmp_path_factory: pytest.TempPathFactory) -> "LmDataConfig":
+    """The same with levanter's own token caches, as corpora had them at first. Not to be written to."""
+    from levanter.data.text.formats import TextLmDatasetFormat, preprocessor_for_format
+    from levanter.store.cache import CacheMetadata, SerialCacheWriter
+
+    root = shutil.copytree(Path(str(small_corpus.cache_dir)).parent, tmp_path_factory.mktemp("older") / "corpus")
+    processor = preprocessor_for_format(TextLmDatasetFormat(), small_corpus.the_tokenizer)
+    for domain in ("caves", "clubs"):
+        for split in ("train", "validation"):
+            shutil.rmtree(folder := root / "cache" / domain / split)
+            lines = (root / "text" / f"{domain}.{split}.jsonl").read_text().splitlines()
+            rows = [np.asarray(row["input_ids"]) for row in processor([json.loads(line) for line in lines])]
+            metadata = CacheMetadata(preprocessor_metadata=processor.metadata)
+            with SerialCacheWriter(str(folder), processor.output_exemplar, metadata, shard_name=split) as writer:
+                writer.write_batch([{"input_ids": row} for row in rows])
+    return replace(small_corpus, cache_dir=str(root / "cache"), tokenizer=str(root / "tokenizer"))
 
 
 @pytest.fixture(scope="session")

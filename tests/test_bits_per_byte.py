@@ -1,19 +1,23 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levanter.data.passthrough_tokenizer import PassthroughTokenizer
+from levanter.data.text._batch_tokenizer import BatchTokenizer
 from levanter.tokenizers import MarinTokenizer, load_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from grug_native.bits_per_byte import TokenBytes, bits_per_byte, exact_metrics, token_bytes
+from grug_native.text_tokens import DocumentTokenizer, text_only
 from tests.fixtures_data import WORDS, make_text
 
 if TYPE_CHECKING:
@@ -77,11 +81,11 @@ def _count(table: TokenBytes, ids: list[int]) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(min_size=1))
+@given(text=st.one_of(st.text(min_size=1), st.sampled_from(["<|endoftext|>", "<s>a</s>"])))
 def test_the_tokens_of_any_text_hold_its_bytes(
     byte_level: MarinTokenizer, llama_like: MarinTokenizer, text: str
 ) -> None:
-    for tokenizer, own in ((byte_level, text), (llama_like, text.replace("▁", "_"))):
+    for tokenizer, own in ((text_only(byte_level), text), (text_only(llama_like), text.replace("▁", "_"))):
         assert _count(token_bytes(tokenizer, VOCAB), tokenizer.encode(own)) == len(own.encode())
 
 
@@ -106,15 +110,78 @@ def test_special_and_absent_tokens_have_no_bytes(byte_level: MarinTokenizer, lla
     assert _count(token_bytes(byte_level, VOCAB), ids) == 4
 
 
+_of_predicted = jax.jit(TokenBytes.of_predicted)
+
+
+def _text_bytes(table: TokenBytes, ids: list[int], *, levanters: bool) -> tuple[list[int], list[bool]]:
+    # In front of a row of one length, so that it is compiled once.
+    row = jnp.array([[0] * (160 - len(ids)) + ids])
+    counts, is_text = jax.device_get(_of_predicted(table, row, jnp.array([levanters])))
+    own = slice(160 - len(ids), 159)
+    return counts[0, own].tolist(), is_text[0, own].tolist()
+
+
 def test_a_word_after_a_special_token_begins_a_text(llama_like: MarinTokenizer) -> None:
     table = token_bytes(llama_like, VOCAB)
     assert llama_like.eos_token_id is not None
     word = llama_like.encode("grug brain")
-    tokens = jnp.array([[*word, llama_like.eos_token_id, *word]])
-    counted = np.asarray(table.of_predicted(tokens))[0, :-1]
+    counted, is_text = _text_bytes(table, [*word, llama_like.eos_token_id, *word], levanters=False)
     # The first word of the row is predicted by nothing; the second text is counted in full.
-    assert counted[len(word) :].sum() == len("grug brain")
-    assert counted[: len(word) - 1].sum() == len("grug brain") - table.first[word[0]]
+    assert sum(counted[len(word) :]) == len("grug brain")
+    assert sum(counted[: len(word) - 1]) == len("grug brain") - table.first[word[0]]
+    assert is_text == [True] * (len(word) - 1) + [False] + [True] * len(word)
+
+
+_PIECES = ["grug", "brain ", " ", "  ", "\n", "ö", "a<|endoftext|>b", "<|endoftext|>"]
+_DOCUMENTS = st.lists(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=5).map("".join), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=_DOCUMENTS)
+def test_a_row_of_our_documents_counts_their_bytes(byte_level: MarinTokenizer, texts: list[str]) -> None:
+    rows = DocumentTokenizer(byte_level, "")(texts)
+    counted, is_text = _text_bytes(token_bytes(byte_level, VOCAB), [0, *chain(*rows)], levanters=False)
+    assert sum(counted) == len("".join(texts).encode())
+    # All that counts for nothing is the end of each.
+    assert is_text.count(False) == len(texts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=_DOCUMENTS)
+def test_a_row_of_levanters_documents_counts_their_bytes(
+    byte_level: MarinTokenizer, llama_like: MarinTokenizer, texts: list[str]
+) -> None:
+    for tokenizer, eos in ((byte_level, "<|endoftext|>"), (llama_like, "</s>")):
+        # A text in which a space stands before EOS reads as two.
+        own = [text.replace("<|endoftext|>", eos).replace(f" {eos}", f"_{eos}") for text in texts]
+        rows = [row["input_ids"] for row in BatchTokenizer(tokenizer, enforce_bos=False)([{"text": t} for t in own])]
+        ids = [tokenizer.eos_token_id or 0, *chain(*rows)]
+        counted, is_text = _text_bytes(token_bytes(tokenizer, VOCAB), ids, levanters=True)
+        ends = [index - 1 for index, token in enumerate(ids) if token == ids[0] and index > 0]
+        assert not all(is_text[end] for end in ends)
+        # SentencePiece puts a space of its own before a text, and so before each part of one that a token cuts.
+        if tokenizer is byte_level or not any(eos in text for text in own):
+            assert sum(counted) == len("".join(own).encode())
+
+
+def test_special_tokens_in_levanters_documents_count_as_they_are_spelled(llama_like: MarinTokenizer) -> None:
+    table, eos, bos = token_bytes(llama_like, VOCAB), llama_like.eos_token_id, llama_like.bos_token_id
+    assert eos is not None and bos is not None
+    text = llama_like.encode("grug<s>brain")
+    assert bos in text
+    counted, is_text = _text_bytes(table, [eos, bos, *text, *llama_like.encode(" "), eos], levanters=True)
+    # BOS at the start and EOS at the end are of no text.
+    assert (is_text[0], is_text[-1]) == (False, False)
+    assert counted[1 + text.index(bos)] == len("<s>")
+
+
+def test_the_space_before_an_end_that_lies_in_the_next_row_is_left_out(byte_level: MarinTokenizer) -> None:
+    table = token_bytes(byte_level, VOCAB)
+    ids = byte_level.encode("grug ")
+    counted, is_text = _text_bytes(table, ids, levanters=True)
+    assert (counted[-1], is_text[-1]) == (0, False)
+    counted, is_text = _text_bytes(table, ids, levanters=False)
+    assert (counted[-1], is_text[-1]) == (1, True)
 
 
 def test_tokenizers_that_hide_the_bytes_are_refused(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_setting_that_changes_the_mathematics_is_refused_until_allowed() -> No
     with pytest.raises(CheckpointMismatchError) as refused:
         check_identity(METADATA, changed)
     assert [d.name for d in refused.value.differences] == ["optimizer.learning_rate"]
-    assert "trainer.allow_changes=['optimizer.learning_rate']" in str(refused.value)
+    assert "'--trainer.allow_changes=[optimizer.learning_rate]'" in str(refused.value)
     assert "optimizer.learning_rate: stored 0.001, wanted 0.002" in str(refused.value)
     for allowed in ("optimizer.learning_rate", "optimizer"):
         lineage = check_identity(METADATA, replace(changed, allowed_changes=(allowed,)))

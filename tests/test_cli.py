@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-from grug_native.cli import build_parser, main, split_overrides
+from grug_native.cli import build_parser, main, parse, split_overrides
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_to_dict, save_config
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.optimizer import GrugOptimizerConfig
@@ -384,10 +386,66 @@ def test_overrides_may_stand_anywhere(capsys: Capture) -> None:
         assert words in capsys.readouterr().err
 
 
+def test_text_may_stand_before_and_after_options() -> None:
+    parser, verbs = build_parser()
+    for verb, orders, expected in (
+        (
+            ("sample",),
+            (
+                ["RUN", "--temperature", "0", "Once upon"],
+                ["--temperature", "0", "RUN", "Once upon"],
+                ["RUN", "Once upon"],
+            ),
+            {"run": "RUN", "prompt": "Once upon"},
+        ),
+        (("sample",), (["RUN", "--seed", "-1", "--", "-x"], ["RUN", "--", "-x"]), {"run": "RUN", "prompt": "-x"}),
+        (("plot",), (["a", "--output", "o", "b"], ["--output", "o", "a", "b"]), {"runs": ["a", "b"], "output": "o"}),
+        (("plan",), (["--measure", "3", "RUN"], ["RUN", "--measure", "3"]), {"config": "RUN", "measure": 3}),
+        (("eval",), (["--step", "2", "RUN"], ["RUN", "--step", "2"]), {"run": "RUN", "step": 2}),
+        (
+            ("harness",),
+            (["--tasks", "a", "b", "RUN"], ["RUN", "--tasks", "a", "b"], ["--tasks", "a", "b", "--debug", "RUN"]),
+            {"run": "RUN", "tasks": ["a", "b"]},
+        ),
+        (
+            ("ckpt", "diff"),
+            (["RUN", "2", "--values", "4"], ["--values", "RUN", "2", "4"]),
+            {"run": "RUN", "a": 2, "b": 4},
+        ),
+        (("ckpt", "verify"), (["--step", "2", "RUN"],), {"run": "RUN", "step": 2}),
+    ):
+        for words in orders:
+            parsed = parse(parser, verbs, [*verb, *words])
+            assert {name: getattr(parsed, name) for name in expected} == expected, words
+    with pytest.raises(SystemExit):
+        parse(parser, verbs, ["harness", "--tasks", "a"])
+    assert split_overrides(["sample", "RUN", "--", "--a.b"]) == ([], ["sample", "RUN", "--", "--a.b"])
+
+
+def test_words_that_are_no_utf_8_are_refused(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "RUN", os.fsdecode(b"caf\xe9")])
+    assert ended.value.code == ExitCode.REFUSED
+    assert "is no UTF-8: its byte 0xe9" in capsys.readouterr().err
+
+
+def test_what_a_refusal_offers_can_be_pasted_into_a_shell(trained: Path, capsys: Capture) -> None:
+    changed = ["--trainer.seed", "9", "--optimizer.weight_decay=0.2"]
+    assert main(["train", "--config_path", str(trained), *changed]) == ExitCode.REFUSED
+    said = capsys.readouterr().err
+    offered = re.findall(r"'--[^']*'", said)
+    assert len(offered) == 1
+    show = f"{shlex.quote(sys.executable)} -c 'import sys, json; print(json.dumps(sys.argv[1:]))'"
+    words = json.loads(subprocess.run(f"{show} {offered[0]}", shell=True, check=True, capture_output=True).stdout)
+    [(name, value)], rest = split_overrides(words)
+    assert (name, rest) == ("trainer.allow_changes", [])
+    assert set(yaml.safe_load(value)) == {"optimizer.weight_decay", "trainer.seed"}
+
+
 def test_every_command_explains_itself(capsys: Capture) -> None:
     for command in ("train", "plan", "eval", "harness", "sample", "plot", "ckpt"):
         with pytest.raises(SystemExit) as ended:
-            build_parser().parse_args([command, "--help"])
+            build_parser()[0].parse_args([command, "--help"])
         assert ended.value.code == 0
         assert "exit codes" in capsys.readouterr().out
 

@@ -244,3 +244,16 @@ def test_a_config_is_readable_when_printed(make_run: MakeRun) -> None:
     assert max(map(len, text.splitlines())) < 140
     assert "learning_rate=0.01" in text
     assert text.startswith("model: GrugModelConfig(")
+
+
+def test_a_config_is_read_by_the_name_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: 3")
+    with pytest.raises(ValueError, match="model=3 must be a mapping"):
+        load_config(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("name", ["seed", "data_seed"])
+def test_a_seed_has_32_bits(name: str) -> None:
+    for seed in (2**70, 2**32, -(2**31) - 1):
+        with pytest.raises(ValueError, match=rf"trainer\.{name}={seed} must lie in"):
+            GrugTrainerConfig(num_train_steps=1, train_batch_size=1, **{name: seed})

@@ -43,8 +43,8 @@ def _cached(cfg: LmDataConfig, split: Split) -> dict[str, list[str]]:
 
 def _decode(cfg: LmDataConfig, cache: TreeCache[dict[str, np.ndarray]]) -> list[str]:
     texts = [cfg.the_tokenizer.decode(row["input_ids"].tolist()) for row in cache.get_batch_sync(range(len(cache)))]
-    assert all(text.endswith(" " + EOS) for text in texts)
-    return [text.removesuffix(" " + EOS) for text in texts]
+    assert all(text.endswith(EOS) for text in texts)
+    return [text.removesuffix(EOS) for text in texts]
 
 
 def test_every_kind_of_file_arrives_whole(tmp_path: Path) -> None:
@@ -94,19 +94,32 @@ def test_one_big_file_is_split_by_position(tmp_path: Path) -> None:
     assert 0.04 < len(held_out) / len(text) < 0.06
 
 
-def test_caches_equal_those_that_levanter_builds(small_corpus: LmDataConfig, tmp_path: Path) -> None:
-    ours = small_corpus.build_caches("train")["clubs"]
+def test_caches_equal_those_that_levanter_builds_but_for_the_end(small_corpus: LmDataConfig, tmp_path: Path) -> None:
+    ours, tokenizer = small_corpus.build_caches("train")["clubs"], small_corpus.the_tokenizer
     shards = _source(small_corpus, "clubs").get_shard_source("train")
     assert shards is not None
-    theirs = build_lm_dataset_cache(
-        str(tmp_path / "clubs" / "train"), shards, TextLmDatasetFormat(), small_corpus.the_tokenizer
-    )
+    theirs = build_lm_dataset_cache(str(tmp_path / "clubs" / "train"), shards, TextLmDatasetFormat(), tokenizer)
     assert ours.ledger.metadata == theirs.ledger.metadata
-    assert ours.ledger.field_counts == theirs.ledger.field_counts
     rows = range(len(theirs))
+    end, space = [tokenizer.eos_token_id], tokenizer.encode(" ")
     for mine, other in zip(ours.get_batch_sync(rows), theirs.get_batch_sync(rows), strict=True):
-        np.testing.assert_array_equal(mine["input_ids"], other["input_ids"])
+        text = mine["input_ids"].tolist()[:-1]
+        assert mine["input_ids"].tolist() == [*text, *end]
+        assert other["input_ids"].tolist() == [*text, *space, *end]
         assert mine["input_ids"].dtype == other["input_ids"].dtype
+
+
+def test_texts_arrive_byte_for_byte(tmp_path: Path) -> None:
+    texts = ["ends in a space ", f"about {EOS}, and {EOS}", EOS, "ends in a line\n", "grug", "🐕"]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cfg = local_text_data(
+        {"all": tmp_path / "all.jsonl"}, cache_dir=tmp_path / "out", vocab_size=257, validation_fraction=0.0
+    )
+    assert _cached(cfg, "train")["all"] == texts
+    rows = [row["input_ids"] for row in cfg.build_caches("train")["all"].get_batch_sync(range(len(texts)))]
+    # With a vocabulary of bytes, tokens are bytes, and EOS is one more.
+    assert [len(row) for row in rows] == [len(text.encode()) + 1 for text in texts]
+    assert [(row == cfg.the_tokenizer.eos_token_id).sum() for row in rows] == [1] * len(texts)
 
 
 def _small(folder: Path, out: Path, *, vocab_size: int = 280) -> LmDataConfig:

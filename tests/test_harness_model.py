@@ -58,7 +58,7 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance
 def test_pairs_are_encoded_as_lm_eval_encodes_them(model: GrugLM, tokenizer: MarinTokenizer) -> None:
     pairs = [
         ("", " grug brain"),
-        ("", f"{tokenizer.eos_token}grug"),
+        ("", f"{tokenizer.eos_token}grug"),  # text, spelled out
         ("grug ", "brain"),
         ("grug say \n", "demon"),
         ("complexity very", " bad"),
@@ -68,9 +68,9 @@ def test_pairs_are_encoded_as_lm_eval_encodes_them(model: GrugLM, tokenizer: Mar
     ]
     requests = _instances("loglikelihood", pairs)
     assert model.loglikelihood(requests) == TemplateLM.loglikelihood(model, requests)
-    # lm-eval itself stops at a context of spaces alone; here they are scored, with what follows, after EOS.
-    spaces, whole = model.loglikelihood(_instances("loglikelihood", [("  ", "grug"), ("", "  grug")]))
-    assert spaces == pytest.approx(whole)
+    # lm-eval's own model refuses a context of spaces alone too.
+    with pytest.raises(ValueError, match="there must be a context"):
+        model.loglikelihood(_instances("loglikelihood", [("  ", "grug")]))
     assert model.loglikelihood([]) == []
     assert model.loglikelihood(_instances("loglikelihood", [("grug", "")])) == [(0.0, True)]
 

@@ -208,3 +208,13 @@ def test_levanters_optimizers_that_hide_their_routing_are_refused(name: str) -> 
 def test_levanters_optimizers_that_crash_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"does not run on raw arrays.*kind='adamw'"):
         GrugOptimizer(levanter_config(name), 10).routing(PARAMS)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_wsd_ends_exactly_where_it_should(ratio: float) -> None:
+    for steps in (10, 97, 1000):
+        config = GrugOptimizerConfig(schedule="wsd", learning_rate=3e-3, min_lr_ratio=ratio, warmup=0)
+        schedule = jax.jit(config.build_schedule(steps))
+        rates = [float(schedule(jnp.asarray(step))) for step in (steps - 2, steps - 1, steps)]
+        assert rates[1] == rates[2] == np.float32(3e-3 * ratio)
+        assert rates[0] > rates[1]

@@ -100,6 +100,9 @@ def test_the_stop_token_ends_the_text_and_is_left_out(params: Transformer) -> No
         ([1], {"max_new_tokens": 32}, r"max_new_tokens=32 do not fit in model.max_seq_len=32: ask for 1 to 31"),
         ([1] * 32, {"max_new_tokens": 1}, r"model.max_seq_len=32: shorten the prompt$"),
         ([1], {"max_new_tokens": 3, "temperature": -1.0}, "temperature=-1.0"),
+        ([1], {"max_new_tokens": 3, "temperature": float("nan")}, "temperature=nan must be a number"),
+        ([1], {"max_new_tokens": 3, "temperature": float("inf")}, "temperature=inf must be a number"),
+        ([1], {"max_new_tokens": 3, "seed": 2**70}, r"seed=1180591620717411303424 must lie in"),
         ([1], {"max_new_tokens": 3, "top_k": 0}, "top_k=0"),
     ],
 )

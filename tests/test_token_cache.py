@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from levanter.data.text.datasets import ConcatDatasetComponent, DatasetComponent
 from levanter.data.text.formats import PrebuiltLmDatasetFormat
 from levanter.store.cache import CacheLedger, CacheMetadata, SerialCacheWriter
 
-from grug_native.token_cache import data_fingerprint, verify_caches
+from grug_native.token_cache import data_fingerprint, spaces_before_eos, verify_caches
 
 
 @pytest.fixture
@@ -161,6 +162,35 @@ def test_a_damaged_shard_among_many_is_named_every_time(tmp_path: Path) -> None:
     for _ in range(100):
         with pytest.raises(ValueError, match=r"part-0/input_ids/offsets/zarr\.json"):
             verify_caches(cfg)
+
+
+def test_caches_of_an_older_corpus_are_read_and_named(
+    small_corpus: LmDataConfig, older_corpus: LmDataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        verify_caches(small_corpus)
+        assert not caplog.messages
+        verify_caches(older_corpus)
+    [said] = caplog.messages  # once, for all of its caches
+    assert str(Path(str(older_corpus.cache_dir)).parent) in said
+    assert "a space that its text does not have" in said
+    for split in ("train", "validation"):
+        assert spaces_before_eos(older_corpus, "caves", split)
+        assert not spaces_before_eos(small_corpus, "caves", split)
+    assert data_fingerprint(older_corpus) != data_fingerprint(small_corpus)
+
+
+def test_spaces_are_only_in_the_texts_of_levanter(older_corpus: LmDataConfig) -> None:
+    caves = older_corpus.components["caves"]
+    assert isinstance(caves, DatasetComponent)
+    caves = replace(caves, cache_dir=f"{older_corpus.cache_dir}/caves")
+    for component, spaces in (
+        (ConcatDatasetComponent(children={"caves": caves}), True),
+        (replace(caves, format=PrebuiltLmDatasetFormat()), False),
+        (replace(caves, cache_dir=f"{older_corpus.cache_dir}/none"), False),
+    ):
+        data = replace(older_corpus, components={"one": component}, train_weights=None)
+        assert spaces_before_eos(data, "one", "train") == spaces
 
 
 def test_a_cache_needs_a_place() -> None:

@@ -56,7 +56,9 @@ def main() -> None:
     checkpoints = arguments.run / "checkpoints"
     step = max(committed_steps(checkpoints))
     harness = build_harness(
-        GrugHarnessConfig(tasks=tuple(map(minimal_pairs, files)), limit=arguments.limit), config.data.the_tokenizer
+        GrugHarnessConfig(tasks=tuple(map(minimal_pairs, files)), limit=arguments.limit),
+        config.data.the_tokenizer,
+        max_length=config.seq_len,
     )
     columns = {
         0: parts.init_state().params,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
+    from grug_native.corpus import embedded_corpus, local_text_data
     from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
     from grug_native.mesh import MeshAxes, create_mesh
     from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
@@ -33,8 +34,10 @@ __all__ = [
     "StepMetrics",
     "Transformer",
     "create_mesh",
+    "embedded_corpus",
     "init_train_state",
     "load_config",
+    "local_text_data",
     "run_grug_native",
     "save_config",
     "train_step",
@@ -42,6 +45,7 @@ __all__ = [
 
 _MODULES = {
     "config": ("GrugNativeRunConfig", "GrugTrainerConfig", "load_config", "save_config"),
+    "corpus": ("embedded_corpus", "local_text_data"),
     "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
     "mesh": ("MeshAxes", "create_mesh"),
     "model": ("MODEL_PRESETS", "GrugModelConfig", "Transformer"),

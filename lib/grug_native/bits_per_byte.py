@@ -1,10 +1,17 @@
-"""Exact bits per byte: the bytes of text that each token stands for, and sums of nats over sums of bytes."""
+"""Exact bits per byte: the nats of the tokens of a text, over the bytes of the text.
+
+The definition is that of `bits_per_byte` in lm-eval. The bytes are those of the documents in UTF-8, and the nats those
+of the tokens that stand for them. What is put around a document has neither: BOS, EOS, and the space that levanter puts
+before EOS, so what it costs the model to predict an end is not counted. Where the documents lie in sequences as in
+lm-eval's rolling windows, both give the same number; where documents are packed end to end, a text may begin in the
+middle of a sequence, and the first token of each sequence is predicted by nothing, and counts in neither sum.
+"""
 
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,13 +20,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grug_native.loss import next_tokens
 from grug_native.mesh import BATCH_AXES, out_sharding
+from grug_native.shell import offer
 
 if TYPE_CHECKING:
     from levanter.tokenizers import MarinTokenizer
 
 _PROBE = "Hello, world! 1 + 2 = 3\n\té 日本 🐕"
+_WITHOUT = offer("eval.compute_bpb", "false")
 _SPACE_MARK = "▁"
 """How SentencePiece spells a space."""
+
+
+class TextBytes(NamedTuple):
+    """What the token that each position predicts is of a text."""
+
+    counts: Int[Array, "B S"]
+    """Its bytes."""
+    is_text: Bool[Array, "B S"]
+    """Whether it stands for text; what is put around a document does not."""
 
 
 class TokenBytes(eqx.Module):
@@ -35,13 +53,44 @@ class TokenBytes(eqx.Module):
     """Bytes of a token that begins a text: less by one where the tokenizer itself has put a space in front."""
     special: Bool[Array, " V"] | Bool[np.ndarray, " V"]
     """Whether the token is a special one, so that a text begins after it."""
+    spelled: Int[Array, " V"] | Int[np.ndarray, " V"]
+    """Bytes of a special token's spelling, which levanter makes the token of where a text has it."""
+    ends_in_space: Bool[Array, " V"] | Bool[np.ndarray, " V"]
+    """Whether the last byte of the token is a space."""
+    bos: int = eqx.field(static=True)
+    """Id of the token that begins a document; -1 where there is none."""
+    eos: int = eqx.field(static=True)
+    """Id of the token that ends one; likewise."""
 
-    def of_predicted(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
-        """Bytes of `tokens[b, s + 1]`, which position `s` predicts. The last position of a row means nothing."""
-        predicted = next_tokens(tokens)
-        spec = out_sharding(BATCH_AXES, None)
-        inside, first = (jnp.asarray(table).at[predicted].get(out_sharding=spec) for table in (self.inside, self.first))
-        return jnp.where(jnp.asarray(self.special).at[tokens].get(out_sharding=spec), first, inside)
+    def of_predicted(self, tokens: Int[Array, "B S"], spaces_before_eos: Bool[Array, " B"]) -> TextBytes:
+        """Bytes of `tokens[b, s + 1]`, which position `s` predicts. The last position of a row means nothing.
+
+        Args:
+            tokens: of documents end to end.
+            spaces_before_eos: whether each document of the row ends in a space that its text does not have, and in EOS.
+                Then special tokens within documents are what their texts spelled out, and count as that. An EOS after a
+                space ends a document: a text that spells that out reads as two, here as in levanter's attention masks.
+        """
+        predicted, spec = next_tokens(tokens), out_sharding(BATCH_AXES, None)
+
+        def look_up(table: Array | np.ndarray, ids: Int[Array, "B S"]) -> Array:
+            return jnp.asarray(table).at[ids].get(out_sharding=spec)
+
+        special, after_space = look_up(self.special, predicted), look_up(self.ends_in_space, tokens)
+        counts = jnp.where(
+            look_up(self.special, tokens), look_up(self.first, predicted), look_up(self.inside, predicted)
+        )
+        around = ((predicted == self.eos) & after_space) | ((predicted == self.bos) & (tokens == self.eos))
+        levanters = spaces_before_eos[:, None]
+        spelled_out = levanters & special & ~around
+        counts = jnp.where(spelled_out, look_up(self.spelled, predicted), counts)
+        # Of the last token of a row it cannot be told whether EOS follows: it is left out, as the first of a row is.
+        position = jnp.arange(tokens.shape[1])[None, :]
+        ends = levanters & look_up(self.ends_in_space, predicted)
+        before_eos = ends & (next_tokens(predicted) == self.eos) & (position < tokens.shape[1] - 2)
+        unknown = ends & (position == tokens.shape[1] - 2)
+        is_text = (~special | spelled_out) & ~(before_eos & (counts == 1)) & ~unknown
+        return TextBytes(jnp.where(is_text, counts - before_eos, 0), is_text)
 
 
 def token_bytes(tokenizer: "MarinTokenizer", vocab_size: int) -> TokenBytes:
@@ -58,21 +107,23 @@ def token_bytes(tokenizer: "MarinTokenizer", vocab_size: int) -> TokenBytes:
 
     name = tokenizer.name_or_path
     if not isinstance(tokenizer, HfMarinTokenizer):
-        raise ValueError(f"tokenizer {name!r} knows no text, and so no bytes: set eval.compute_bpb=false")
+        raise ValueError(f"tokenizer {name!r} knows no text, and so no bytes: give {_WITHOUT}")
     # The one place where levanter keeps the kind of a tokenizer, and which of its added tokens are special.
     spec = json.loads(tokenizer._tokenizer.to_str())
     kinds = _decoder_kinds(spec["decoder"])
     if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
         raise ValueError(
             f"tokenizer {name!r} decodes by {sorted(kinds)}, from which the bytes of a token cannot be told: "
-            "use a byte-level BPE or SentencePiece tokenizer, or set eval.compute_bpb=false"
+            f"use a byte-level BPE or SentencePiece tokenizer, or give {_WITHOUT}"
         )
     added = {token["id"]: token for token in spec["added_tokens"]}
     special_ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token["special"])}
-    inside, spaced, special = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    inside, spelled = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, np.int32)
+    spaced, special, ends_in_space = (np.zeros(vocab_size, bool) for _ in range(3))
     for token, index in tokenizer.get_vocab().items():
+        ends_in_space[index] = index not in special_ids and token.endswith((" ", "Ġ", _SPACE_MARK, "<0x20>"))
         if index in special_ids:
-            special[index] = True
+            special[index], spelled[index] = True, len(token.encode())
         elif index in added:
             inside[index] = len(token.encode())
         elif "ByteLevel" in kinds:  # Each character stands for one byte.
@@ -83,13 +134,15 @@ def token_bytes(tokenizer: "MarinTokenizer", vocab_size: int) -> TokenBytes:
             inside[index] = len(token.replace(_SPACE_MARK, " ").encode())
             spaced[index] = token.startswith(_SPACE_MARK)
     puts_space = inside[tokenizer.encode("a")].sum() == 2
-    table = TokenBytes(inside, inside - (spaced if puts_space else 0), special)
+    first = inside - (spaced if puts_space else 0)
+    bos, eos = (-1 if index is None else index for index in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    table = TokenBytes(inside, first, special, spelled, ends_in_space, bos, eos)
     _check_probe(table, tokenizer.encode(_PROBE), _unknown_id(spec["model"], tokenizer), name)
     return table
 
 
 def bits_per_byte(nats: Float[np.ndarray, " N"], byte_counts: Float[np.ndarray, " N"]) -> float | None:
-    """Total nats over total bytes, in bits; None where there are no bytes."""
+    """Total nats of tokens of text over total bytes of text, in bits; None where there are no bytes."""
     total = byte_counts.sum(dtype=np.float64)
     return float(nats.sum(dtype=np.float64) / total / math.log(2)) if total > 0 else None
 
@@ -106,8 +159,8 @@ def exact_metrics(
     """Bits per byte in total, of each tag and of each parent of tags, and the plain averages of the tags' own.
 
     Args:
-        nats: summed over the weighted tokens of each sequence.
-        byte_counts: likewise.
+        nats: summed over the weighted tokens of text of each sequence.
+        byte_counts: likewise, of the bytes that these stand for.
         tags: 1 where a sequence has a tag.
         tag_names: of the columns of `tags`.
         hierarchy: for each parent its columns.
@@ -155,5 +208,5 @@ def _check_probe(table: TokenBytes, ids: Sequence[int], unknown: int | None, nam
     if counted != true:
         raise ValueError(
             f"tokenizer {name!r} does not keep the bytes of a text: it makes {counted} of the {true} bytes of "
-            f"{_PROBE!r}, so bits per byte would be wrong: set eval.compute_bpb=false"
+            f"{_PROBE!r}, so bits per byte would be wrong: give {_WITHOUT}"
         )

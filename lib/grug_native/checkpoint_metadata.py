@@ -17,6 +17,7 @@ from typing import Any, Literal, override
 
 from grug_native.data_record import DataRecord, explain_change
 from grug_native.run_folder import fsync
+from grug_native.shell import offer
 
 METADATA_FILE = "grug_checkpoint.json"
 """The file's name; a step folder without it is no checkpoint."""
@@ -291,7 +292,7 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
         else:
             way_out = (
                 "put them back, give another output_path, or, if the state keeps its arrays, resume with"
-                f" trainer.allow_changes={[d.name for d in refused]}:"
+                f" {offer('trainer.allow_changes', '[' + ', '.join(d.name for d in refused) + ']')}:"
             )
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"

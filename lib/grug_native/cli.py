@@ -32,6 +32,9 @@ _OVERRIDE = re.compile(r"--([a-z]\w*(?:\.[\w/-]+)+)(?:=(.*))?", re.DOTALL)
 type Overrides = list[tuple[str, str]]
 """Dotted config keys with their values, as they were typed."""
 
+type Verbs = dict[tuple[str, ...], argparse.ArgumentParser]
+"""The parser of each command, by its words: `("sample",)`, `("ckpt", "ls")`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, one of `grug_native.signals.ExitCode`.
@@ -39,12 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line, without the program's name; by default the process's own.
     """
-    parser = build_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser, verbs = build_parser()
     try:
-        overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        overrides, rest = split_overrides(given)
+        check_words(rest)
     except ValueError as error:
         parser.error(str(error))
-    parsed = parser.parse_args(rest)
+    parsed = parse(parser, verbs, rest)
     if overrides and not parsed.takes_overrides:
         parser.error(
             f"--{overrides[0][0]} is a field of a run's config, and this command reads no other than the run's"
@@ -66,10 +71,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def parse(parser: argparse.ArgumentParser, verbs: Verbs, words: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line whose texts may stand before its options, between and after them."""
+    for length in (1, 2):
+        verb = verbs.get(tuple(words[:length]))
+        if verb is None:
+            continue
+        own = list(words[length:])
+        parsed = verb.parse_intermixed_args(own)
+        # `--tasks` takes all the words after it, and so a run that stands last.
+        if getattr(parsed, "run", "") is None:
+            if len(parsed.tasks or []) < 2:
+                verb.error("the following arguments are required: RUN")
+            parsed.run = parsed.tasks.pop()
+        return parsed
+    return parser.parse_args(words)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuses words that are no UTF-8: a `ValueError` names the first."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(word[error.start]) & 0xFF
+            raise ValueError(
+                f"the argument {word!r} is no UTF-8: its byte 0x{byte:02x} stands for no character; give it in UTF-8"
+            ) from error
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
     """Takes `--section.key VALUE` and `--section.key=VALUE` out of a command line; returns them, and the rest.
 
-    Each takes the next word for its value, so that they may stand anywhere.
+    Each takes the next word for its value, so that they may stand anywhere. After `--` all words are text.
 
     Raises:
         ValueError: if there is none.
@@ -79,7 +113,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
     words = iter(arguments)
     for word in words:
         found = _OVERRIDE.fullmatch(word)
-        if found is None:
+        if word == "--":
+            rest += [word, *words]
+        elif found is None:
             rest.append(word)
         else:
             value = next(words, None) if found[2] is None else found[2]
@@ -89,12 +125,13 @@ def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
     return overrides, rest
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands with their arguments."""
+def build_parser() -> tuple[argparse.ArgumentParser, Verbs]:
+    """All commands with their arguments: the parser that explains them, and the parser of each."""
     parser = argparse.ArgumentParser(
         prog="grug", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_subparsers(metavar="COMMAND", required=True).add_parser
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = commands.add_parser
 
     train = _add(
         add,
@@ -131,7 +168,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint(evaluate)
 
     harness = _add(add, "harness", "run tasks of lm-eval on a checkpoint", ("commands", "harness"))
-    _add_checkpoint(harness)
+    harness.add_argument("run", nargs="?", metavar="RUN", help="folder of a run")
+    _add_step(harness)
     harness.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="names, or YAML files (default: those of the run's config)"
     )
@@ -153,7 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--output", metavar="FILE", help="picture to write (default: loss.png in the first run's folder)")
 
     ckpt = add("ckpt", help="list, show, verify and compare checkpoints", epilog=_EXIT_CODES)
-    action = ckpt.add_subparsers(metavar="ACTION", required=True).add_parser
+    actions = ckpt.add_subparsers(metavar="ACTION", required=True)
+    action = actions.add_parser
     _add_run(_add(action, "ls", "list a run's checkpoints", ("checkpoint_commands", "list_all")))
     show = _add(action, "show", "print all that a checkpoint says about itself", ("checkpoint_commands", "show"))
     _add_run(show)
@@ -169,7 +208,8 @@ def build_parser() -> argparse.ArgumentParser:
     diff.add_argument("b", type=int, metavar="STEP", help="another; of OTHER, if it is given")
     diff.add_argument("--other", metavar="OTHER", help="folder of another run")
     diff.add_argument("--values", action="store_true", help="read the arrays that differ, to say by how much")
-    return parser
+    verbs: Verbs = {(name,): verb for name, verb in commands.choices.items() if verb is not ckpt}
+    return parser, verbs | {("ckpt", name): verb for name, verb in actions.choices.items()}
 
 
 def _add(
@@ -195,6 +235,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
+    _add_step(parser)
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
 

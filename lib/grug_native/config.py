@@ -19,6 +19,7 @@ from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
 from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
+from grug_native.types import check_seed
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -83,6 +84,9 @@ class GrugTrainerConfig:
         for name in ("num_train_steps", "log_every", "prefetch", "keep_last_checkpoints"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
+        check_seed("trainer.seed", self.seed)
+        if self.data_seed is not None:
+            check_seed("trainer.data_seed", self.data_seed)
         if self.max_skipped_steps < 0:
             raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps} must not be negative")
         if self.train_seq_len is not None and self.train_seq_len < 2:
@@ -254,9 +258,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
     return decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
 
 
-def save_config(config: GrugNativeRunConfig, path: Path) -> None:
+def save_config(config: GrugNativeRunConfig, path: str | Path) -> None:
     """Writes the config as YAML, whole or not at all."""
-    _write_yaml(config_to_dict(config), path)
+    _write_yaml(config_to_dict(config), Path(path))
 
 
 def _write_yaml(raw: Mapping[str, Any], path: Path) -> None:
@@ -281,14 +285,14 @@ def with_own_name(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
     return config if name == config.run_id else replace(config, trainer=replace(config.trainer, run_id=name))
 
 
-def load_config(path: Path) -> GrugNativeRunConfig:
+def load_config(path: str | Path) -> GrugNativeRunConfig:
     """Reads a config from YAML, or that of a run from its folder; see `read_config_file`.
 
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
         FileNotFoundError: if there is no such file.
     """
-    return config_from_dict(read_config_file(path))
+    return config_from_dict(read_config_file(Path(path)))
 
 
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:

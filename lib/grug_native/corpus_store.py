@@ -31,6 +31,7 @@ from grug_native.corpus_making import (
 )
 from grug_native.text_files import compression, suffix
 from grug_native.text_survey import Split
+from grug_native.text_tokens import EOS_FOLLOWS_TEXT, DocumentTokenizer
 
 type Domains = Mapping[str, Callable[[], Iterable[tuple[Split, str]]]]
 """For each domain what reads its documents, each with its split."""
@@ -38,7 +39,7 @@ type Counts = dict[str, dict[Split, dict[str, int]]]
 """`counts[domain][split]` has `documents`, `bytes` and `tokens`."""
 
 EOS = "<|endoftext|>"
-"""Ends every document. A text that spells it out is cut there."""
+"""Ends every document. Where a text spells it out, it is text like any other."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -49,7 +50,7 @@ SOURCES_FILE = "sources.json"
 """Record of the files, in the folder of a corpus that was made of files."""
 
 _LAYOUT = 2
-"""Part of a corpus' digest. Raise it when what is made of the same inputs changes."""
+"""Part of a corpus' digest. Raise it when what is made of the same inputs changes. 1 had a space before each EOS."""
 _TOKENIZER_CHARACTERS = 64 * 2**20
 """A tokenizer is trained on at most this much of each domain's text."""
 _CACHE_CHARACTERS = 2**18
@@ -243,25 +244,23 @@ def _train_tokenizer(root: Path, vocab_size: int, domains: Iterable[str]) -> Non
 
 
 def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer: str) -> None:
-    """Writes, in this process, the caches that levanter's own build would: it starts three pipelines a cache."""
+    """Writes the caches in this process; levanter's own build would start three pipelines a cache."""
     import numpy as np
-    from levanter.data.text.formats import TextLmDatasetFormat, preprocessor_for_format
     from levanter.store.cache import CacheMetadata, SerialCacheWriter
     from levanter.tokenizers import load_tokenizer
 
-    processor = preprocessor_for_format(TextLmDatasetFormat(), load_tokenizer(tokenizer))
-    metadata = CacheMetadata(preprocessor_metadata=processor.metadata | {"tokenizer": recorded_tokenizer})
+    tokenize = DocumentTokenizer(load_tokenizer(tokenizer), recorded_tokenizer)
+    metadata = CacheMetadata(preprocessor_metadata=tokenize.metadata)
     heartbeat, done = Heartbeat("tokenizing"), 0
     for domain, splits in counts.items():
         for split, count in splits.items():
             if count["documents"] == 0:
                 continue
             folder = root / "cache" / domain / split
-            with SerialCacheWriter(str(folder), processor.output_exemplar, metadata, shard_name=split) as writer:
+            with SerialCacheWriter(str(folder), tokenize.exemplar, metadata, shard_name=split) as writer:
                 rows: list[np.ndarray] = []
                 for texts in _chunks(_read_texts(text_file(root, domain, split))):
-                    batch = [{"text": text} for text in texts]
-                    rows += [np.asarray(row["input_ids"]) for row in interruptible(partial(processor, batch))]
+                    rows += [np.asarray(ids) for ids in interruptible(partial(tokenize, texts))]
                     if sum(map(len, rows)) >= _WRITTEN_TOKENS:
                         writer.write_batch([{"input_ids": row} for row in rows])
                         count["tokens"] += sum(map(len, rows))
@@ -271,6 +270,7 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
                 if rows:
                     writer.write_batch([{"input_ids": row} for row in rows])
                     count["tokens"] += sum(map(len, rows))
+            (folder / EOS_FOLLOWS_TEXT).touch()
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

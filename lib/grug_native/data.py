@@ -34,6 +34,7 @@ from levanter.utils.thread_utils import blocking_wait
 from grug_native.faults import fault_point
 from grug_native.mesh import BATCH_AXES
 from grug_native.mixture import check_mixture
+from grug_native.shell import offer
 from grug_native.token_cache import cache_parts, token_field, verify_caches, wait_for
 
 BATCH_AXIS = "__BATCH__"
@@ -56,6 +57,8 @@ class VocabCheckedDataset(AsyncDataset[GrugLmExample]):
     """The component's name in the data config."""
     vocab_size: int
     """Ids must lie in `[0, vocab_size)`."""
+    spaces_before_eos: bool = False
+    """Whether each document ends in a space that its text does not have; see `token_cache.spaces_before_eos`."""
 
     @override
     async def async_len(self) -> int:
@@ -210,7 +213,7 @@ def batch_at(loader: DataLoader[GrugLmExample], step: SupportsIndex) -> GrugLmEx
             if dataset.is_finite() and first + size > (available := await dataset.async_len()):
                 raise ValueError(
                     f"step {step} needs the sequences {first} to {first + size - 1}, but the training data end after "
-                    f"{available}: train fewer steps, or set data.stop_strategy='restart'"
+                    f"{available}: train fewer steps, or give {offer('data.stop_strategy', 'restart')}"
                 )
             return await dataset.get_batch([first + row for row in rows])
 

@@ -21,14 +21,16 @@ import jax
 import numpy as np
 from levanter.tokenizers import MarinTokenizer
 from lm_eval import evaluator
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict, load_yaml
 from lm_eval.utils import handle_non_serializable
 
 from grug_native.eval_config import GrugHarnessConfig
-from grug_native.harness_model import GrugLM
+from grug_native.harness_model import GrugLM, encoder_of
 from grug_native.harness_reports import add_report
 from grug_native.scoring import Scorer
+from grug_native.shell import offer
 
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""
@@ -80,7 +82,18 @@ class GrugHarness:
             )
         assert report is not None and "results" in report
         seconds = time.perf_counter() - started
+        contexts = {task: {"contexts": number, "cut": model.cut[task]} for task, number in model.requests.items()}
+        for task, number in model.requests.items():
+            if cut := model.cut[task]:
+                logger.warning(
+                    "task %r: %d of %d contexts do not fit into %d tokens, and have lost their beginning",
+                    task,
+                    cut,
+                    number,
+                    scorer.row_length,
+                )
         run = {"step": step, "seconds": seconds, "tokens": model.tokens, "row_length": scorer.row_length}
+        run |= {"cut_contexts": contexts}
         metrics = {
             f"lm_eval/{task}/{name.removesuffix(',none')}": float(value)
             for task, results in report["results"].items()
@@ -93,14 +106,43 @@ class GrugHarness:
         return metrics
 
 
-def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer) -> GrugHarness:
-    """Finds the tasks and loads their documents, so that what cannot work fails before any training.
+def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer, *, max_length: int) -> GrugHarness:
+    """Finds the tasks, loads their documents and makes their requests: what cannot work fails before any training.
+
+    Args:
+        config: which tasks.
+        tokenizer: of the model.
+        max_length: tokens that the model is given at most.
 
     Raises:
-        ValueError: if there is no such task, or it executes code.
+        ValueError: if there is no such task, it executes code, it wants more examples than there are, or one of its
+            documents does not fit into the model.
     """
+    encoder = encoder_of(tokenizer, max_length)
     with _left_as_found():
-        return GrugHarness(config, tokenizer, _load_tasks(config))
+        tasks = _load_tasks(config)
+        for name, task in tasks["tasks"].items():
+            _check_examples(name, task)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            task.build_all_requests(limit=config.limit)
+            encoder.check(task.instances)
+        return GrugHarness(config, tokenizer, tasks)
+
+
+def _check_examples(name: str, task: Task) -> None:
+    wanted = task.get_config("num_fewshot") or 0
+    if wanted == 0:
+        return
+    there = len(list(task.fewshot_docs()))
+    # Where examples come from the documents themselves, the one that is asked about is none of them.
+    own = isinstance(task, ConfigurableTask) and task.fewshot_cfg.split == task.get_config("test_split")
+    if wanted + own > there:
+        most = max(there - own, 0)
+        way_out = offer("eval.harness.num_fewshot", str(most))
+        raise ValueError(
+            f"eval.harness.num_fewshot: task {name!r} wants {wanted} examples before each document, and there are "
+            f"{most} to take them from: lower it, as with {way_out} or --num_fewshot {most}"
+        )
 
 
 def _load_tasks(config: GrugHarnessConfig) -> TaskDict:

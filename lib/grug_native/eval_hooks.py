@@ -32,9 +32,10 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.loss import ComputeDtype, next_tokens, per_token_loss
 from grug_native.mesh import BATCH_AXES, constrain
 from grug_native.model import Transformer
+from grug_native.shell import offer
 from grug_native.signals import leave_if_told_to_stop
 from grug_native.state import GrugTrainState
-from grug_native.token_cache import verify_caches
+from grug_native.token_cache import spaces_before_eos, verify_caches
 from grug_native.types import LmBatch
 
 type EvalExample = GrugLmExample | LmExample
@@ -75,6 +76,7 @@ def build_eval_sets(
         ValueError: if a cache is damaged.
     """
     verify_caches(data, splits=("validation",))
+    cut_from_training = data.num_validation_sequences or {}
     sets: list[tuple[AsyncDataset[GrugLmExample], list[str]]] = []
     for named, tags in data.tagged_eval_sets(Axis("position", seq_len)):
         assert isinstance(named, NamedLmDataset)
@@ -82,9 +84,15 @@ def build_eval_sets(
         if blocking_wait(dataset.async_len()) == 0:
             logger.warning("the validation set %s has less than one sequence of %d tokens: left out", tags, seq_len)
             continue
-        sets.append(
-            (VocabCheckedDataset(dataset=dataset, name=f"{tags[-1]} (validation)", vocab_size=vocab_size), tags)
+        checked = VocabCheckedDataset(
+            dataset=dataset,
+            name=f"{tags[-1]} (validation)",
+            vocab_size=vocab_size,
+            spaces_before_eos=spaces_before_eos(
+                data, tags[-1], "train" if tags[-1] in cut_from_training else "validation"
+            ),
         )
+        sets.append((checked, tags))
     return sets
 
 
@@ -175,6 +183,8 @@ def build_tagged_evaluator(
             f"eval.eval_batch_size={batch_size} does not divide over {shards} data-parallel devices: "
             f"use {-(-batch_size // shards) * shards}"
         )
+    if max_batches is not None:
+        _say_what_is_left_out(sets, max_batches * batch_size)
     table = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
     # Every process has the whole table, so one global array can be made of it.
     on_mesh = None if table is None else jax.device_put(table, NamedSharding(mesh, PartitionSpec()))
@@ -191,12 +201,16 @@ def build_tagged_evaluator(
         )
         evaluator.loader.max_buffered_batches = _PREFETCHED_BATCHES
         average = evaluator.accum_for_batch
+        spaced = {
+            tags[-1] for dataset, tags in sets if isinstance(dataset, VocabCheckedDataset) and dataset.spaces_before_eos
+        }
+        levanters = np.array([name in spaced for name in evaluator.dataset.tag_to_index], np.int32)
 
         # One forward pass serves levanter's averages, which take the losses for their "batch", and the exact sums.
         def accumulate(one_pass: _Pass, state: eqx.Module, batch: EvalExample, tags: Array) -> eqx.Module:
             leave_if_told_to_stop()
             plain = grug_lm_example_from_named(batch) if isinstance(batch, LmExample) else batch
-            losses, sums = _position_losses(one_pass.params, plain, tags, on_mesh, compute_dtype)
+            losses, sums = _position_losses(one_pass.params, plain, tags, on_mesh, levanters, compute_dtype)
             one_pass.sums.append(sums)
             return average(None, state, losses, tags)
 
@@ -209,6 +223,20 @@ def build_tagged_evaluator(
         mesh=mesh,
         exact=table is not None,
     )
+
+
+def _say_what_is_left_out(sets: TaggedSets, most: int) -> None:
+    sizes = [blocking_wait(dataset.async_len()) for dataset, _ in sets]
+    taken = sum(min(size, most) for size in sizes)
+    if taken < sum(sizes):
+        everything = offer("eval.max_eval_batches", "null")
+        logger.info(
+            "evaluations take %s of the %s held-out sequences, %s of a set at most; all of them with %s",
+            f"{taken:,}",
+            f"{sum(sizes):,}",
+            f"{most:,}",
+            everything,
+        )
 
 
 def build_tagged_eval_callback(
@@ -229,7 +257,7 @@ def build_tagged_eval_callback(
         if not metrics:
             raise ValueError(
                 "eval.eval_current=false leaves the moving average to evaluate, and the run keeps none: "
-                "set trainer.ema_beta, or eval.eval_current=true"
+                f"set trainer.ema_beta, or give {offer('eval.eval_current', 'true')}"
             )
         return metrics
 
@@ -238,12 +266,24 @@ def build_tagged_eval_callback(
 
 @partial(jax.jit, static_argnames="compute_dtype")  # and not `eqx.filter_jit`, which waits for what it has dispatched
 def _position_losses(
-    params: Transformer, batch: LmBatch, tags: Int[Array, "B K"], table: TokenBytes | None, compute_dtype: ComputeDtype
+    params: Transformer,
+    batch: LmBatch,
+    tags: Int[Array, "B K"],
+    table: TokenBytes | None,
+    levanters: Int[Array, " K"] | Int[np.ndarray, " K"],
+    compute_dtype: ComputeDtype,
 ) -> tuple[PositionLosses, Float[Array, "B sums"]]:
-    """Returns what `TaggedEvaluator` wants, and of each sequence its weighted nats and bytes and its tags."""
+    """Returns what `TaggedEvaluator` wants, and of each sequence the weighted nats and bytes of its text and its tags.
+
+    `levanters` marks the tags of what levanter tokenized: documents that end in a space of its own.
+    """
     losses, weights = per_token_loss(params, batch, compute_dtype=compute_dtype), batch.loss_weight
-    counts = jnp.zeros_like(weights) if table is None else table.of_predicted(batch.tokens) * weights
-    sums = jnp.stack([jnp.sum(losses * weights, axis=1), jnp.sum(counts, axis=1)], axis=1)
+    if table is None:
+        nats, counts = losses, jnp.zeros_like(weights)
+    else:
+        text = table.of_predicted(batch.tokens, jnp.any((tags * levanters) > 0, axis=1))
+        nats, counts = jnp.where(text.is_text, losses, 0.0), text.counts * weights
+    sums = jnp.stack([jnp.sum(nats * weights, axis=1), jnp.sum(counts, axis=1)], axis=1)
     # Replicated, so that every process can read all of it.
     rows = constrain(jnp.concatenate([sums, tags.astype(sums.dtype)], axis=1), None, None)
     return (losses, weights, next_tokens(batch.tokens)), rows

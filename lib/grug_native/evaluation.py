@@ -78,7 +78,10 @@ def harness_parameters(
         batch_size=parts.eval_batch_size if config.batch_size is None else config.batch_size,
         compute_dtype=parts.step_config.compute_dtype,
     )
-    harness = parts.harness if config == own and parts.harness is not None else build_harness(config, parts.tokenizer)
+    if config == own and parts.harness is not None:
+        harness = parts.harness
+    else:
+        harness = build_harness(config, parts.tokenizer, max_length=run.seq_len)
     with jax.set_mesh(parts.mesh):
         return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
 

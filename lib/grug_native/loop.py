@@ -37,6 +37,7 @@ from grug_native.resume import check_data_offset
 from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.run_log import RunLog
 from grug_native.saving import open_checkpointer, record_data
+from grug_native.shell import offer
 from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
 from grug_native.streams import lasting_streams
@@ -271,7 +272,8 @@ class _StepLog:
         saved = committed_steps(self._checkpointer.folder)
         last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
         way_out = (
-            "to leave such steps out, set trainer.nonfinite='skip' and trainer.allow_changes=['trainer.nonfinite']"
+            "to leave such steps out, give "
+            f"{offer('trainer.nonfinite', 'skip')} {offer('trainer.allow_changes', '[trainer.nonfinite]')}"
             if trainer.nonfinite == "stop"
             else f"raise trainer.max_skipped_steps={trainer.max_skipped_steps}, which bounds those of the whole run"
         )

@@ -109,7 +109,9 @@ class GrugOptimizerConfig:
         if self.schedule == "cosine":
             falling = optax.cosine_decay_schedule(peak, span, self.min_lr_ratio)
         else:
-            falling = optax.linear_schedule(peak, final, span)
+            straight = optax.linear_schedule(peak, final, span)
+            # optax ends a rounding beside the last rate, and so below zero where that is 0.
+            falling = lambda count: jnp.where(count >= span, final, straight(count))  # noqa: E731
         return optax.join_schedules(
             [
                 lambda count: peak * (count + 1) / max(warmup, 1),

@@ -15,6 +15,7 @@ from grug_native.mesh import create_mesh
 from grug_native.metrics import Throughput, flops_per_token, peak_device_flops
 from grug_native.optimizer import GrugOptimizer
 from grug_native.state import GrugTrainState, init_train_state
+from grug_native.text_tokens import text_only
 from grug_native.train import GrugStepConfig
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ class RunParts:
 
     @cached_property
     def tokenizer(self) -> "MarinTokenizer":
-        """The tokenizer of the data.
+        """The tokenizer of the data; of the spelling of a special token it makes text.
 
         Raises:
             ValueError: if it is not to be had, or has more tokens than the model.
         """
-        tokenizer, vocab_size = load_tokenizer(self.config.data), self.config.model.vocab_size
+        tokenizer, vocab_size = text_only(load_tokenizer(self.config.data)), self.config.model.vocab_size
         if len(tokenizer) > vocab_size:
             raise ValueError(
                 f"model.vocab_size={vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "
@@ -205,13 +206,13 @@ class RunParts:
         """The tasks of lm-eval which the config names; None where it names none.
 
         Raises:
-            ValueError: if there is no such task, or it executes code.
+            ValueError: as `build_harness`.
         """
         if self.config.eval.harness is None:
             return None
         from grug_native.eval_harness import build_harness
 
-        return build_harness(self.config.eval.harness, self.tokenizer)
+        return build_harness(self.config.eval.harness, self.tokenizer, max_length=self.config.seq_len)
 
     @property
     def eval_batch_size(self) -> int:

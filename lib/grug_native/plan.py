@@ -93,7 +93,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"the checkpoints still to come need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, "
+            f"the checkpoints still to come need {_bytes(needed)}, and {_bytes(free)} are free: make room, "
             "raise trainer.steps_per_checkpoint, or change output_path",
             str(folder),
         )
@@ -158,6 +158,14 @@ def _check_eval_batch(parts: RunParts) -> None:
             f"eval.eval_batch_size={size} does not divide over {shards} data-parallel devices: use "
             f"{-(-size // shards) * shards}"
         )
+
+
+def _bytes(size: int) -> str:
+    """In the unit in which the size has digits to show."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**power:
+            return f"{size / 10**power:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def _disk_needed(parts: RunParts, checkpoint_bytes: int, saved: Sequence[int]) -> int:

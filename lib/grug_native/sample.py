@@ -18,7 +18,8 @@ from grug_native.loss import ComputeDtype
 from grug_native.mesh import AXIS_NAMES
 from grug_native.model import Block, GrugModelConfig, Transformer, cast_parameters
 from grug_native.rotary import apply_rotary, rotary_tables
-from grug_native.types import Scalar
+from grug_native.text_tokens import text_only
+from grug_native.types import Scalar, check_seed
 
 if TYPE_CHECKING:
     from levanter.tokenizers import MarinTokenizer
@@ -126,9 +127,9 @@ def generate(
             what `on_one_device` makes of it.
         prompt: token ids, at least one.
         max_new_tokens: at most so many are drawn.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits, a number of at least 0; 0 takes the likeliest token.
         top_k: draw among so many likeliest tokens; None draws among all.
-        seed: of the drawing.
+        seed: of the drawing, in [-2^31, 2^32).
         stop_token: ends the text, and is not part of it.
         compute_dtype: of the computation.
 
@@ -140,11 +141,11 @@ def generate(
     if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise ValueError(f"the prompt must be token ids in [0, {config.vocab_size}), at least one; it is {prompt}")
     check_room(config, len(prompt), max_new_tokens)
-    if temperature < 0 or (top_k is not None and not 1 <= top_k <= config.vocab_size):
-        raise ValueError(
-            f"temperature={temperature} must not be negative, and top_k={top_k} must be null or lie in "
-            f"[1, {config.vocab_size}]"
-        )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be a number of at least 0; 0 takes the likeliest token")
+    check_seed("seed", seed)
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k={top_k} must be null or lie in [1, {config.vocab_size}]")
     local = on_one_device(params)
     length = min(_round_up(len(prompt) + max_new_tokens), config.max_seq_len)
     tokens = np.zeros(length, np.int32)
@@ -224,7 +225,8 @@ def sample(
     """Continues a text until the tokenizer's end of document; see `generate` for the arguments.
 
     A text begins as training documents do: after the tokenizer's BOS, if it has one. An empty prompt without one
-    begins after EOS. With None for `max_new_tokens`, at most 128 are drawn, or as many as there is room for.
+    begins after EOS. The spelling of a special token is text. With None for `max_new_tokens`, at most 128 are drawn, or
+    as many as there is room for.
 
     Returns:
         The prompt and its continuation.
@@ -234,7 +236,7 @@ def sample(
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = [] if bos is None else [bos]
-    ids = tokenizer.encode(prompt)
+    ids = text_only(tokenizer).encode(prompt)
     if not start and not ids:
         if eos is None:
             raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with: give a prompt")

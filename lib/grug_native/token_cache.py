@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,13 +22,15 @@ from levanter.data.text.datasets import (
     LmDataConfig,
     UrlDatasetSourceConfig,
 )
-from levanter.data.text.formats import preprocessor_for_format
+from levanter.data.text.formats import TextLmDatasetFormat, preprocessor_for_format
 from levanter.store.cache import CACHE_LAYOUT_SHARDED, LEDGER_FILE_NAME, CacheCatalog, CacheLedger, TreeCache
 from levanter.tensorstore_serialization import build_kvstore_spec
 from levanter.utils.thread_utils import blocking_wait
 from rigging.filesystem.storage_path import StoragePath
 
 from grug_native.corpus_store import RECORD_FILE
+from grug_native.shell import offer
+from grug_native.text_tokens import EOS_FOLLOWS_TEXT
 
 type Split = Literal["train", "validation"]
 
@@ -51,6 +54,8 @@ _BATCH_FIELDS = (
     "shuffle_before_trainval_split",
 )
 """The fields of `LmDataConfig` that change batches without changing a cache."""
+
+logger = logging.getLogger(__name__)
 
 
 def wait_for[T](reads: Coroutine[Any, Any, T]) -> T:
@@ -88,10 +93,12 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
     """Checks that every token cache is whole: ledger, array lengths, and each shard file up to its end.
 
     Reads one chunk of each shard file, never all of it. A cache that levanter has yet to build is passed over.
+    A corpus of an older version is as good as a new one, and is named in the log.
 
     Raises:
         ValueError: names the component, the file and the way out.
     """
+    older: set[Path] = set()
     for split in splits:
         for name, component in cfg.components.items():
             for part, cached in cache_parts(name, component):
@@ -109,6 +116,34 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                         f"component {part!r}, {split} split: the token cache {path} is damaged: {error}\n"
                         f"{_way_out(cfg, path)}"
                     ) from error
+                if (corpus := _corpus_of(path)) is not None and _space_before_eos(cfg, cached, path):
+                    older.add(corpus)
+    for corpus in sorted(older):
+        logger.warning(
+            "the corpus %s is of an older version: each of its documents ends in a space that its text does not have. "
+            "It is read as it is; a corpus that is made anew has no such space",
+            corpus,
+        )
+
+
+def spaces_before_eos(cfg: LmDataConfig, name: str, split: Split) -> bool:
+    """Whether each document of a component ends in a space that its text does not have: in levanter's caches of texts.
+
+    Its `BatchTokenizer` tokenizes the text, a space, and the spelling of EOS. The caches have to be there.
+    """
+    paths = [(part, _cache_path(cfg, name, part, split)) for name, part in cache_parts(name, cfg.components[name])]
+    return any(path is not None and _space_before_eos(cfg, part, path) for part, path in paths)
+
+
+def _space_before_eos(cfg: LmDataConfig, component: DatasetComponent, path: str) -> bool:
+    if not isinstance(component.format, TextLmDatasetFormat) or not StoragePath(f"{path}/{LEDGER_FILE_NAME}").exists():
+        return False
+    if StoragePath(f"{path}/{EOS_FOLLOWS_TEXT}").exists():
+        return False
+    made = CacheLedger.load(path).metadata.preprocessor_metadata
+    if made is None:
+        made = preprocessor_for_format(component.format, cfg.the_tokenizer, enforce_eos=cfg.enforce_eos).metadata
+    return bool(made.get("append_eos"))
 
 
 def unmade_caches(cfg: LmDataConfig) -> list[str]:
@@ -144,7 +179,8 @@ def _way_out(cfg: LmDataConfig, path: str) -> str:
         return f"Delete the folder of its corpus, {corpus}, to have all of it made anew."
     if cfg.auto_build_caches:
         return "Delete that folder (or restore it) to have the cache built anew."
-    return "Restore that folder; or delete it, and set data.auto_build_caches=true to have the cache built anew."
+    build = offer("data.auto_build_caches", "true")
+    return f"Restore that folder; or delete it, and give {build} to have the cache built anew."
 
 
 def _cache_path(cfg: LmDataConfig, part: str, component: DatasetComponent, split: Split) -> str | None:

@@ -77,3 +77,9 @@ class LmBatch(Protocol):
     def attn_mask(self) -> AttentionMask:
         """Who may attend to whom."""
         ...
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuses a seed that JAX cannot tell apart from another, or not take: a `ValueError` names it."""
+    if not -(2**31) <= seed < 2**32:
+        raise ValueError(f"{name}={seed} must lie in [-2147483648, 4294967295]: JAX draws from 32 bits of it")

@@ -35,7 +35,7 @@ def test_f16_a_changed_setting_is_refused(half: Run) -> None:
 
 def test_f16_an_allowed_change_is_made_and_remembered(half: Run, whole: Run) -> None:
     half.edit({"optimizer.learning_rate": 0.5})
-    half.fit().expect(2, "trainer.allow_changes=['optimizer.learning_rate']")
+    half.fit().expect(2, "'--trainer.allow_changes=[optimizer.learning_rate]'")
     half.edit({"trainer.allow_changes": ["optimizer.learning_rate"]}).fit().expect(0)
     assert half.metadata(8).lineage == ("step 5: optimizer.learning_rate: stored 0.01, wanted 0.5",)
     assert half.record()[:5] == whole.record()[:5] and half.record()[5:] != whole.record()[5:]

@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -30,6 +31,7 @@ class MarinTokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]: ...
     def as_hf_tokenizer(self) -> Any: ...
 
+@dataclass(frozen=True)
 class HfMarinTokenizer(MarinTokenizer):
     _tokenizer: Tokenizer
 

@@ -93,7 +93,9 @@ def build_run(
             data=data or local_data("runs/corpora", output_path=output_path),
             optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
             trainer=GrugTrainerConfig(num_train_steps=340 if steps is None else steps, train_batch_size=16),
-            eval=GrugEvalConfig(steps_per_eval=85, max_eval_batches=8),
+            eval=GrugEvalConfig(
+                steps_per_eval=85, max_eval_batches=8, sample_prompts=("def main(", "The value of"), sample_tokens=48
+            ),
             output_path=output_path,
         )
     batch, seq_len = 128, 2048
