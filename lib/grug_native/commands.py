@@ -106,6 +106,8 @@ def plot(arguments: argparse.Namespace) -> None:
 
 def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
+    if arguments.profile is not None:
+        overrides.append(("trainer.profile", arguments.profile))
     if arguments.text is None:
         if arguments.output_path is not None:
             overrides.append(("output_path", arguments.output_path))
