@@ -10,7 +10,7 @@ because large terms cancel has the error of its terms.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from grug_native.model import GrugModelConfig
 
