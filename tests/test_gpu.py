@@ -60,8 +60,8 @@ def test_both_kinds_of_rows_are_measured_and_profiled(
         (session,) = comparison.sessions
         assert [len(turn.values) for turn in session["ours_step"]] == [1, 1, 2, 2]
         assert comparison.records["ours_step"].cold[0].first_step_after > 0
-        assert f"{name}, in turns" in printed and f"{name}, ours_step: host, ms a step" in printed
+        assert f"{name}, in turns" in printed and f"{name}, ours_step: kernels, all devices" in printed
     plain, packed = (comparison.sessions[0]["ours_step"][0].values for comparison in found.values())
     assert plain != packed and plain == pytest.approx(packed, rel=0.05)  # nothing is learnt yet
     gpu.main([*asked, "--work-dir", str(tmp_path), "--json", str(file), "--minutes", "-1"])
-    assert "no time for toy-plain, toy-packed: not measured" in capsys.readouterr().out
+    assert "no time for toy-packed: not measured" in capsys.readouterr().out

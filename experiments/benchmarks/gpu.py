@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory = None if arguments.cpu else device_memory(arguments.torch_python)
     if not arguments.cpu and memory is None:
         parser.error(f"the torch of {arguments.torch_python} finds no GPU; --shape toy --cpu shows that the rest works")
+    if arguments.cpu:
+        print("on a CPU, in f32: this compares losses, and says nothing of the speed on a GPU")
     begun = time.monotonic()
     minutes = arguments.minutes or (8 if arguments.profile else 4)
     groups = [

@@ -196,7 +196,7 @@ def kernel_table(trace: Trace, steps: int, *, rows: int = 20) -> str:
     ]
     return "\n".join(
         [
-            f"host, ms a step: {host}",
+            *([f"host, ms a step: {host}"] if any(trace.parts.values()) else []),
             f"kernels, all devices and threads: {1e3 * total / steps:.3f} ms a step; the {len(shown)} dearest:",
             f"{'ms a step':>10}  {'share':>6}  {'calls':>7}  kernel",
             *shown,
