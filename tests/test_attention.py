@@ -11,6 +11,7 @@ from grug_native.backend import Backend
 from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
 from tests.accelerators import AMPERE, CPU, HOPPER, TPU, TURING
 from tests.fixtures_run import make_batch
+from tests.tolerance import assert_close, assert_trees_close
 
 
 def qkv(seq_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,9 +40,8 @@ def test_reference_equals_levanters_with_its_gradient(kind: str) -> None:
     inputs = qkv(32)
     ours, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="reference"), *inputs)
     theirs, their_pull = jax.vjp(lambda q, k, v: levanter_reference(q, k, v, mask, logits_dtype=jnp.float32), *inputs)
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    for a, b in zip(pull(ours), their_pull(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert_close(ours, theirs, terms=8 + 2 * 32)
+    assert_trees_close(pull(ours), their_pull(theirs), terms=2 * (8 + 2 * 32))
 
 
 @pytest.mark.parametrize("kind", [*MASKS, "packed"])
@@ -50,9 +50,8 @@ def test_blocked_equals_the_reference_with_its_gradient(kind: str) -> None:
     inputs = qkv(LONG)
     ours, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="blocked"), *inputs)
     whole, whole_pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation="reference"), *inputs)
-    np.testing.assert_allclose(ours, whole, atol=1e-6)
-    for a, b in zip(pull(ours), whole_pull(whole), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert_close(ours, whole, terms=8 + 2 * LONG)
+    assert_trees_close(pull(ours), whole_pull(whole), terms=2 * (8 + 2 * LONG))
 
 
 def test_blocked_leaves_out_what_a_causal_mask_hides() -> None:
@@ -75,7 +74,7 @@ def test_a_mesh_changes_nothing(name: AttentionName) -> None:
         spec = jax.P(BATCH_AXES, None, "model", None)
         q, k, v = (jax.device_put(x, spec) for x in inputs)
         found = eqx.filter_jit(attention)(q, k, v, mask, implementation=name)
-    np.testing.assert_allclose(found, alone, atol=1e-6)
+    assert_close(found, alone, terms=8 + 2 * LONG)
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed"])
@@ -83,7 +82,7 @@ def test_xla_flash_equals_the_reference(kind: str) -> None:
     mask = make_batch(packed=True, seq_len=2048).attn_mask if kind == "packed" else MASKS[kind]
     inputs = qkv(2048)
     reference = attention(*inputs, mask, implementation="reference")
-    np.testing.assert_allclose(attention(*inputs, mask, implementation="xla_flash"), reference, atol=1e-5)
+    assert_close(attention(*inputs, mask, implementation="xla_flash"), reference, terms=8 + 2 * 2048)
 
 
 def shape(

@@ -66,7 +66,8 @@ def test_train_takes_overrides_and_leaves_everything_behind(trained: Path, capsy
 def test_train_in_pieces(config_file: Path, tmp_path: Path, capsys: Capture) -> None:
     own = ["train", "--config_path", str(config_file), "--output_path", str(tmp_path / "pieces")]
     own.append("--trainer.num_train_steps=4")
-    assert main([*own, "--stop_after", "3"]) == 0
+    assert main([*own, "--stop_after", "3", "--profile", "1:2"]) == 0
+    assert (tmp_path / "pieces" / "profile" / "step-1" / "profile.txt").read_text().startswith("steps 1 to 2")
     assert "is at step 3 of 4" in capsys.readouterr().out
     assert main([*own, "--resume_step", "2", "--stop_after", "3"]) == 0
     assert main(own) == 0

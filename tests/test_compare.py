@@ -69,6 +69,7 @@ def test_what_torchs_interpreter_runs_needs_torch_and_numpy_only() -> None:
     assert others == {
         "numpy",
         "torch",
+        "torch.nn.attention.flex_attention",
         "torch.nn.functional",
         "experiments.benchmarks.peers",
         "experiments.benchmarks.peers.gate",

@@ -15,6 +15,9 @@ from grug_native.mesh import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
 from grug_native.model import Transformer
 from tests.accelerators import CPU, HOPPER, TPU, pretend
 from tests.fixtures_run import SMALL_MODEL, make_batch
+from tests.tolerance import assert_close, assert_trees_close, gradient_terms, loss_terms, tolerance
+
+LOSS_TERMS, GRADIENT_TERMS = loss_terms(SMALL_MODEL, 128, 32), gradient_terms(SMALL_MODEL, 128, 32)
 
 
 def model_with(name: str) -> Transformer:
@@ -46,7 +49,7 @@ def test_loss_equals_the_formula(name: str) -> None:
     model = model_with(name)
     for z_loss_weight in (0.0, 0.1):
         ours = next_token_loss(model, weighted, z_loss_weight=z_loss_weight)
-        np.testing.assert_allclose(ours, by_hand(model, weighted, z_loss_weight), rtol=1e-5)
+        assert_close(ours, by_hand(model, weighted, z_loss_weight), terms=LOSS_TERMS)
 
 
 def test_both_implementations_have_the_same_gradient() -> None:
@@ -57,9 +60,8 @@ def test_both_implementations_have_the_same_gradient() -> None:
         return jax.value_and_grad(lambda m: 7 * next_token_loss(m, batch, z_loss_weight=0.1))(model)
 
     (full, full_grads), (blocks, block_grads) = gradient(model_with("full")), gradient(model_with("blockwise"))
-    np.testing.assert_allclose(full, blocks, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(full_grads), jax.tree.leaves(block_grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert_close(full, blocks, terms=LOSS_TERMS)
+    assert_trees_close(full_grads, block_grads, terms=GRADIENT_TERMS)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,8 @@ def test_a_mesh_changes_neither_loss_nor_gradient(name: str, axes: MeshAxes) -> 
     expected, expected_gradient = eqx.filter_jit(loss_and_gradient)(model)
     with jax.set_mesh(create_mesh(4, axes)):
         loss, gradient = eqx.filter_jit(loss_and_gradient)(model)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(gradient.lm_head, expected_gradient.lm_head, atol=1e-6)
-    np.testing.assert_allclose(gradient.embed, expected_gradient.embed, atol=1e-6)
-    np.testing.assert_allclose(gradient.blocks.attn.wq, expected_gradient.blocks.attn.wq, atol=1e-6)
+    assert_close(loss, expected, terms=LOSS_TERMS)
+    assert_trees_close(gradient, expected_gradient, terms=GRADIENT_TERMS)
 
 
 def test_devices_along_the_model_axis_share_out_the_logits() -> None:
@@ -117,9 +117,9 @@ def test_per_token_losses_add_up_to_the_loss(name: str) -> None:
     model, batch = model_with(name), make_batch()
     nats = per_token_loss(model, batch)
     mean = (nats * batch.loss_weight).sum() / batch.loss_weight.sum()
-    np.testing.assert_allclose(mean, next_token_loss(model, batch), rtol=1e-6)
+    assert_close(mean, next_token_loss(model, batch), terms=LOSS_TERMS)
     with jax.set_mesh(create_mesh(4)):
-        np.testing.assert_allclose(eqx.filter_jit(per_token_loss)(model, batch), nats, rtol=1e-5)
+        assert_close(eqx.filter_jit(per_token_loss)(model, batch), nats, terms=LOSS_TERMS)
 
 
 def test_no_scatter_and_no_gather_of_logits_in_the_gradient() -> None:
@@ -134,7 +134,7 @@ def test_a_batch_may_be_one_sequence() -> None:
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
     with jax.set_mesh(create_mesh(1, devices=jax.devices()[:1])):
         loss = eqx.filter_jit(next_token_loss)(model, jax.device_put(one, jax.P(BATCH_AXES)))
-    np.testing.assert_allclose(loss, next_token_loss(model, one), rtol=1e-6)
+    assert_close(loss, next_token_loss(model, one), terms=LOSS_TERMS)
 
 
 def test_a_batch_of_no_weight_has_no_loss() -> None:
@@ -148,7 +148,9 @@ def test_bfloat16_is_near_and_leaves_the_loss_in_f32() -> None:
     model, batch = model_with("blockwise"), make_batch()
     loss = next_token_loss(model, batch, compute_dtype="bfloat16")
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, next_token_loss(model, batch), rtol=2e-2)
+    exact = next_token_loss(model, batch)
+    # Some eight results of each of two layers are rounded to bf16 on the way to a logit; sums are kept in f32.
+    np.testing.assert_allclose(loss, exact, rtol=0, atol=tolerance(2 * 8, exact, "bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from grug_native.model import (
 from grug_native.rotary import GrugRopeConfig
 from tests.accelerators import CPU, HOPPER, TPU
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
+from tests.tolerance import assert_close, assert_trees_close, forward_terms, gradient_terms, loss_terms
 
 VARIANTS = {
     "gqa": SMALL_MODEL,
@@ -58,14 +59,12 @@ def test_logits_and_loss_equal_levanters_llama(name: str, mask: str) -> None:
     llama = to_llama(model)
     example = named_lm_example_from_grug(batch, Axis("position", 32), batch_axis="batch")
     theirs = llama(example.tokens, example.attn_mask).rearrange(("batch", "position", "vocab")).array
-    np.testing.assert_allclose(
-        model.logits(batch.tokens, batch.attn_mask), theirs, atol=1e-5 * float(jnp.abs(theirs).max())
-    )
+    config = VARIANTS[name]
+    assert_close(model.logits(batch.tokens, batch.attn_mask), theirs, terms=forward_terms(config, 32))
     their_loss = llama.compute_next_token_loss(example)
     assert isinstance(their_loss, jax.Array | hax.NamedArray)
-    np.testing.assert_allclose(
-        next_token_loss(model, batch), np.asarray(getattr(their_loss, "array", their_loss)), rtol=1e-5
-    )
+    their_mean = np.asarray(getattr(their_loss, "array", their_loss))
+    assert_close(next_token_loss(model, batch), their_mean, terms=loss_terms(config, 128, 32))
 
 
 def test_no_position_sees_a_later_token_or_another_document() -> None:
@@ -98,9 +97,8 @@ def test_scan_and_remat_change_neither_loss_nor_gradient(scan: bool, remat: str)
         model.embed, model.blocks, model.final_norm, model.lm_head, replace(SMALL_MODEL, scan_layers=scan, remat=remat)
     )
     other_loss, other_gradient = grads(other)
-    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert_close(loss, other_loss, terms=loss_terms(SMALL_MODEL, 128, 32))
+    assert_trees_close(gradient, other_gradient, terms=gradient_terms(SMALL_MODEL, 128, 32))
 
 
 @pytest.mark.parametrize("axes", [MeshAxes(), MeshAxes(data=2, model=2), MeshAxes(replica_dcn=2, data=2)])
@@ -113,7 +111,7 @@ def test_a_mesh_changes_nothing_but_the_layout(axes: MeshAxes) -> None:
         assert jax.typeof(model.blocks.mlp.gate).sharding.spec == jax.P(None, "data", "model")
         logits = eqx.filter_jit(lambda m, b: m.logits(b.tokens, b.attn_mask))(model, batch)
     np.testing.assert_array_equal(model.embed, alone.embed)
-    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert_close(logits, expected, terms=forward_terms(SMALL_MODEL, 32))
 
 
 def test_outside_of_its_mesh_the_model_says_so() -> None:

@@ -153,6 +153,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Verbs]:
         "--resume_step", type=int, metavar="STEP", help="go back to this checkpoint, or with 0 to the start"
     )
     train.add_argument(
+        "--profile", metavar="START:STEPS", help="trace so many steps into the run's folder, with their dearest kernels"
+    )
+    train.add_argument(
         "--distributed",
         action="store_true",
         help="be one process of several, on SLURM, TPU pods or Iris; elsewhere, setting JAX_COORDINATOR_ADDRESS, "

@@ -123,6 +123,8 @@ def plot(arguments: argparse.Namespace) -> None:
 
 def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
+    if arguments.profile is not None:
+        overrides.append(("trainer.profile", arguments.profile))
     if arguments.text is None:
         if arguments.text_key is not None:
             raise ValueError(

@@ -17,6 +17,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.profile import profile_window
 from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
 from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
 from grug_native.types import check_seed
@@ -75,6 +76,8 @@ class GrugTrainerConfig:
     allow_changes: tuple[str, ...] = ()
     """Dotted fields, or whole sections, that may differ from the checkpoint this once, though they change the results;
     each change is recorded in the checkpoints that follow."""
+    profile: str | None = None
+    """`START:STEPS`: so many steps are traced, from step START on, into `profile/step-START`; None traces none."""
     run_id: str | None = None
     """Name of the run, in checkpoints and trackers; None means the last part of `output_path`."""
     trackers: tuple[TrackerConfig, ...] = ()
@@ -100,6 +103,7 @@ class GrugTrainerConfig:
         for name, known in (("compute_dtype", get_args(ComputeDtypeName)), ("nonfinite", get_args(NonFinitePolicy))):
             if getattr(self, name) not in known:
                 raise ValueError(f"trainer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        profile_window(self.profile, self.num_train_steps)
         starts = [start for start, _ in self.batch_stages]
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise ValueError(
@@ -189,6 +193,7 @@ COSMETIC_FIELDS = (
             "max_skipped_steps",
             "allow_changes",
             "run_id",
+            "profile",
             "trackers",
         )
     ),

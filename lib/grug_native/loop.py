@@ -32,6 +32,7 @@ from grug_native.faults import fault_point
 from grug_native.metrics import peak_memory
 from grug_native.parts import RunParts
 from grug_native.plan import build_plan
+from grug_native.profile import StepProfile, profile_window
 from grug_native.progress import ProgressLine, StartUp, messages_shown
 from grug_native.resume import check_data_offset
 from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
@@ -95,6 +96,8 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         log = _StepLog(parts, tracker, progress, checkpointer, skipped=skipped)
         evaluations = Evaluations(parts, tracker, start_step=start)
         evaluations.check(state)
+        profile = StepProfile(profile_window(trainer.profile, trainer.num_train_steps), folder, start_step=start)
+        stack.callback(profile.close)
         batches = iter_from_step(loader, start, interrupted=lambda: stop.exit_code is not None)
         stack.callback(batches.close)
         step = start
@@ -117,12 +120,16 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
                 if stop.exit_code is not None:
                     logger.warning("stopping after %d steps; the same command goes on from there", step)
                 break
-            if kind is not None or evaluating:
+            if profiling := profile.turns_at(step):
+                log.flush()
+                profile.turn(step)
+            if kind is not None or evaluating or profiling:
                 log.restart_clock()
+            profile.begin(step)
             waiting_since = time.perf_counter()
             try:
                 fault_point("data", step, process=process)
-                with start_up.data() if step == start else nullcontext():
+                with profile.part("data"), start_up.data() if step == start else nullcontext():
                     batch = next(batches, None)
             except Exception:
                 # The state is good. With several processes the others are elsewhere, and would not take part.
@@ -138,8 +145,10 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
             if fault_point("step", step, process=process) == "nan":
                 batch = dataclasses.replace(batch, loss_weight=batch.loss_weight * jnp.nan)
             dispatched = time.perf_counter()
-            state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
-            log.push(step, metrics, loading_time)
+            with profile.part("step"):
+                state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
+            with profile.part("log"):
+                log.push(step, metrics, loading_time)
             stop.nothing_to_lose = False
             if step == start:
                 log.flush()

@@ -1,7 +1,8 @@
 """Makes what the workers share: `python -m experiments.benchmarks.peers.inputs JOB`.
 
-Writes our initial parameters (`weights.npz`, by dotted path), the batches (`batches.npy`), the operations a token takes
-(`flops.json`), and for levanter a checkpoint of the same parameters.
+Writes our initial parameters (`weights.npz`, by dotted path), the batches (`batches.npy`) and the documents of their
+packed rows (`segments.npy`), the operations a token takes (`flops.json`), and for levanter a checkpoint of the same
+parameters.
 """
 
 import json
@@ -40,6 +41,18 @@ def random_batches(job: Job) -> np.ndarray:
     return (shape.vocab_size**draws - 1).astype(np.int32)
 
 
+def random_segments(job: Job) -> np.ndarray:
+    """Packed rows: the number of its document for each position, of three to nine documents a row."""
+    shape, rng = job.sizes, np.random.default_rng(shapes.SEED + 1)
+
+    def row() -> np.ndarray:
+        cuts = rng.choice(np.arange(1, shape.seq_len), size=rng.integers(2, 9), replace=False)
+        return np.searchsorted(np.sort(cuts), np.arange(shape.seq_len), side="right")
+
+    rows = [row() for _ in range(job.num_batches * shape.batch_size)]
+    return np.stack(rows).astype(np.int32).reshape(job.num_batches, shape.batch_size, shape.seq_len)
+
+
 def write_levanter_weights(job: Job, params: Transformer) -> None:
     """A checkpoint for `initialize_model_from_checkpoint_path`."""
     from levanter.checkpoint import save_checkpoint
@@ -57,6 +70,7 @@ def main() -> None:
     named = {jax.tree_util.keystr(path)[1:]: np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
     np.savez(folder / "weights.npz", **named)  # pyright: ignore[reportArgumentType]  # its other keyword is a bool
     np.save(folder / "batches.npy", corpus_batches(job) if job.data == "corpus" else random_batches(job))
+    np.save(folder / "segments.npy", random_segments(job))
     flops = asdict(flops_per_token(config, job.sizes.seq_len))
     if job.levanter_weights:
         write_levanter_weights(job, params)

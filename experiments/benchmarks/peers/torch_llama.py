@@ -2,9 +2,10 @@
 # (torch is not in the environment, so nothing of it has a type.)
 """The same Llama in PyTorch, eager or compiled, by an interpreter that has torch and NumPy.
 
-`python -m experiments.benchmarks.peers.torch_llama JOB eager|compile`, from the root of the repository. Fused attention
-and fused AdamW; f32 on a CPU, bf16 autocast and f32 parameters on CUDA. `Turn.calls` is the time from a step's call
-to its return; the host waits for the device at the end of a turn only.
+`python -m experiments.benchmarks.peers.torch_llama JOB eager|compile [packed]`, from the root of the repository. Fused
+attention (on packed rows FlexAttention, and on a CPU, where that has no gradient, a mask of booleans) and fused AdamW;
+f32 on a CPU, bf16 autocast and f32 parameters on CUDA. `Turn.calls` is the time from a step's call to its return; the
+host waits for the device at the end of a turn only.
 """
 
 import sys
@@ -13,6 +14,11 @@ import time
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  # noqa: TID251 - a peer, run by an interpreter of its own
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]  # noqa: TID251 - as above
+from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissingImports]  # noqa: TID251 - as above
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Gate
@@ -38,6 +44,30 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
+Mask = BlockMask | torch.Tensor | None
+"""Who sees whom; None for all before."""
+
+
+def packed_mask(documents: torch.Tensor) -> Mask:
+    """Each position sees those before it in its own document; `documents` is (batch, positions)."""
+    batch, positions = documents.shape
+    if not documents.is_cuda:
+        same = documents[:, :, None] == documents[:, None, :]
+        return same.tril()[:, None]
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q >= k) & (documents[b, q] == documents[b, k])
+
+    return create_block_mask(sees, batch, None, positions, positions, device=documents.device, _compile=True)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """Fused attention; all are (batch, heads, positions, features)."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
 class Block(torch.nn.Module):
     """Attention and SwiGLU, each behind a norm."""
 
@@ -51,7 +81,7 @@ class Block(torch.nn.Module):
         self.gate, self.up = (torch.nn.Linear(d, f, bias=False) for _ in range(2))
         self.down = torch.nn.Linear(f, d, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask) -> torch.Tensor:
         """The residual stream after the layer."""
         batch, positions, dim = x.shape
         normed = self.attn_norm(x)
@@ -59,7 +89,7 @@ class Block(torch.nn.Module):
             linear(normed).view(batch, positions, self.num_heads, -1).transpose(1, 2)
             for linear in (self.wq, self.wk, self.wv)
         )
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         x = x + self.wo(mixed.transpose(1, 2).reshape(batch, positions, dim))
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
@@ -81,11 +111,11 @@ class Llama(torch.nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
         """Mean nats a predicted token; targets of -100 are left out."""
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, self.cos, self.sin, mask)
         logits = self.lm_head(self.final_norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -113,13 +143,14 @@ def load_weights(model: Llama, folder: str) -> None:
 
 def main() -> None:
     """Trains until the parent has enough."""
-    job, mode = Job.read(sys.argv[1]), sys.argv[2]
+    job, mode, packed = Job.read(sys.argv[1]), sys.argv[2], "packed" in sys.argv
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     about = {
         "platform": device.type,
         "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        **({"packed": "FlexAttention" if cuda else "mask of booleans"} if packed else {}),
     }
     gate = Gate(
         torch.cuda.synchronize if cuda else lambda: None,
@@ -141,12 +172,13 @@ def main() -> None:
     )
     loss_of = torch.compile(model) if mode == "compile" else model
     all_tokens = torch.from_numpy(np.load(f"{job.folder}/batches.npy")).long().to(device)
+    documents = torch.from_numpy(np.load(f"{job.folder}/segments.npy")).to(device) if packed else None
     for step, tokens in enumerate(all_tokens):
         targets = tokens.roll(-1, dims=1)
         targets[:, -1] = -100
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            loss = loss_of(tokens, targets)
+            loss = loss_of(tokens, targets, None if documents is None else packed_mask(documents[step]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), shapes.MAX_GRAD_NORM)
         optimizer.step()

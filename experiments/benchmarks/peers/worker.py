@@ -35,6 +35,11 @@ CONTENDERS = {
     "torch_eager": Contender("torch_llama", ("eager",), torch=True),
     "torch_compile": Contender("torch_llama", ("compile",), torch=True),
 }
+PACKED = {
+    "ours_step": Contender("program", ("ours_step", "packed")),
+    "torch_compile": Contender("torch_llama", ("compile", "packed"), torch=True),
+}
+"""The same on packed rows, in which attention stays within a document."""
 MATMUL = Contender("matmul")
 
 
