@@ -42,6 +42,8 @@ class Job:
     resume_step: int | None = None
     command: tuple[str, ...] = ()
     """What `grug` is given, in place of the script."""
+    directory: Path | None = None
+    """Where it works; None leaves it where it is."""
     xla_cache: Path | None = None
     """Compiled programs of earlier runs."""
     largest_file: int | None = None
