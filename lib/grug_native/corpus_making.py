@@ -99,6 +99,7 @@ def run_module(arguments: Sequence[str], phase: str) -> None:
                     heartbeat.beat(f"{time.monotonic() - start:.0f} s so far")
         except BaseException:
             child.kill()
+            child.wait()
             raise
         if child.returncode != 0:
             errors.seek(0)

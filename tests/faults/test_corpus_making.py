@@ -33,6 +33,14 @@ def _children(running: Running) -> list[psutil.Process]:
     return [child for child in psutil.Process(running.pid).children() if "grug_native.corpus_store" in child.cmdline()]
 
 
+def _until_ended(children: list[psutil.Process]) -> None:
+    """A zombie has ended: nobody may be there to collect it."""
+    deadline = time.monotonic() + 15
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def _hidden(folder: Path) -> list[Path]:
     return list((folder / "runs" / "corpora").glob(".*"))
 
@@ -46,7 +54,7 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer(server: ForkServer, tmp_path: P
     running.send(signal.SIGINT)
     running.wait(15).expect(130)
     assert not _hidden(tmp_path)
-    assert not psutil.wait_procs(children, timeout=0)[1]
+    _until_ended(children)
 
 
 def test_ctrl_c_ends_the_tokenizing_of_one_long_document(server: ForkServer, tmp_path: Path) -> None:
@@ -70,11 +78,7 @@ def test_a_kill_leaves_no_process_and_the_next_start_sweeps(
     children = _children(running)
     running.send(number)
     running.wait(15).expect(-number)
-    # A zombie's command line is empty: nobody may be there to collect it.
-    deadline = time.monotonic() + 15
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _until_ended(children)
     (left,) = _hidden(tmp_path)
     again = _start(server, tmp_path)
     again.until(lambda: not left.exists())
