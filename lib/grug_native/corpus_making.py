@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def run_module(arguments: Sequence[str], phase: str) -> None:
                     heartbeat.beat(f"{time.monotonic() - start:.0f} s so far")
         except BaseException:
             child.kill()
+            child.wait()
             raise
         if child.returncode != 0:
             errors.seek(0)
@@ -106,14 +108,19 @@ def run_module(arguments: Sequence[str], phase: str) -> None:
             raise RuntimeError(f"{phase} failed: {said or killed}")
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends, however that ends; on Linux."""
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the one that started it ends, however that ends; on Linux.
+
+    Args:
+        parent: its process id.
+    """
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         parent_death_signal = 1
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the process that started this one has ended")
 
 
 def interruptible[Result](work: Callable[[], Result]) -> Result:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -144,7 +145,8 @@ def materialize(
             (made / SOURCES_FILE).write_text(json.dumps(sources(), indent=1))
         if tokenizer is None:
             # In a process of its own: the trainer hears no Ctrl-C.
-            run_module([__name__, str(made), str(vocab_size), *domains], "training the tokenizer")
+            arguments = [str(os.getpid()), str(made), str(vocab_size), *domains]
+            run_module(["grug_native.corpus_store", *arguments], "training the tokenizer")
         _write_caches(made, counts, str(tokenizer or made / "tokenizer"), str(tokenizer or root / "tokenizer"))
         (made / RECORD_FILE).write_text(json.dumps(counts, indent=1))
         try:
@@ -287,5 +289,5 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    _train_tokenizer(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    die_with_parent(int(sys.argv[1]))
+    _train_tokenizer(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

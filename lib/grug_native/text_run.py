@@ -92,7 +92,9 @@ def text_run(
             f"output_path={str(run_folder)!r} is where the texts are, and what the run writes would be among them: "
             f"give another folder, such as --output_path {runs / _stem(path.resolve())}-run"
         )
-    _check_without_text(str(run_folder), settle)
+    # Not `run_folder`, which has lost the second slash of a URL, so that it would pass for a folder.
+    written = output_path or str(run_folder)
+    _check_without_text(written, settle)
     found = find_files("--text", path, leave_out=(runs, run_folder), text_key=text_key)
     survey = _survey(found.files, text_key, runs / "corpora")
     _say_what_was_read(path, found, survey)
@@ -105,7 +107,7 @@ def text_run(
         )
     sizes = survey.bytes
     domains = text_domains(path, sizes)
-    raw = _sections(int(total / _BYTES_PER_TOKEN), str(run_folder))
+    raw = _sections(int(total / _BYTES_PER_TOKEN), written)
     raw["eval"]["sample_prompts"] = [_beginning(files, text_key) for files in domains.values()]
     weights = {domain: sum(sizes[file] for file in files) / total for domain, files in domains.items()}
     planned = settle(raw | {"data": {"components": {domain: {} for domain in domains}, "train_weights": weights}})

@@ -69,6 +69,8 @@ def fit(job: Job) -> None:
     configure_logging()
     if job.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
+    if job.directory is not None:
+        os.chdir(job.directory)
     if job.command:
         sys.exit(cli.main(job.command))
     try:
