@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, TextIO, cast, final
+from typing import Any, final
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class LastingStream:
     """A stream of text that never fails: once a write has, it leads nowhere, and so does its file descriptor."""
 
-    def __init__(self, stream: TextIO, name: str):
+    def __init__(self, stream: io.TextIOWrapper, name: str):
         """Wraps a stream that has a file descriptor; `name` is what a message calls it."""
         self._stream = stream
         self._name = name
@@ -63,7 +63,7 @@ def make_streams_last() -> None:
         if stream is None:  # The process was started with that descriptor closed.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, LastingStream(cast(TextIO, stream), name))
+            setattr(sys, name, LastingStream(stream, name))
     # What fails only as the interpreter ends would turn the exit code into 120.
     atexit.unregister(_flush)
     atexit.register(_flush)

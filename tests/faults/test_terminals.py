@@ -89,8 +89,8 @@ def texts(folder: Path, documents: int, make: Callable[[int], str]) -> Path:
 def test_f43_ctrl_c_while_a_corpus_is_made(phase: str, run: Run, tmp_path: Path) -> None:
     if phase == "tokenizer":  # One word of a megabyte: its pairs are counted again with each merge.
         folder = texts(tmp_path / "texts", 1, lambda _: make_text(0, 2_000) + "ab" * 500_000)
-    else:  # Little to learn the tokenizer from, much to tokenize.
-        folder = texts(tmp_path / "texts", 12, lambda number: make_text(number, 1_200_000))
+    else:  # Few words to learn the tokenizer from, much to tokenize.
+        folder = texts(tmp_path / "texts", 8, lambda number: make_text(number, 4_000) * 200)
     command = ("train", "--text", str(folder), "--output_path", str(run.folder))
     process = run.start(command=command, directory=tmp_path)
     corpora = tmp_path / "runs" / "corpora"
