@@ -112,9 +112,8 @@ def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer, *, max_l
         ValueError: if there is no such task, it executes code, it wants more examples than there are, or one of its
             documents does not fit into the model.
     """
-    encoder = encoder_of(tokenizer, max_length)
     with _left_as_found():
-        tasks = _load_tasks(config)
+        encoder, tasks = encoder_of(tokenizer, max_length), _load_tasks(config)
         for name, task in tasks["tasks"].items():
             _check_examples(name, task)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
