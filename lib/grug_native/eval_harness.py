@@ -64,9 +64,9 @@ class GrugHarness:
             `lm_eval/<task>/<metric>`, with a standard error `<metric>_stderr` where there is one. A metric of another
             filter than the default one has it in its name, as in levanter: `<metric>,<filter>`.
         """
-        model = GrugLM(scorer, self.tokenizer)
         started = time.perf_counter()
         with _left_as_found():
+            model = GrugLM(scorer, self.tokenizer)
             for task in self.tasks["tasks"].values():
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             report = evaluator.evaluate(
