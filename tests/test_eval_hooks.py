@@ -235,8 +235,13 @@ def test_exact_bits_depend_neither_on_batches_nor_on_the_mesh(
 
 
 def test_named_examples_are_taken_as_they_are(
-    nested: LmDataConfig, evaluation: TaggedEval, mesh: Mesh, params: Transformer
+    nested: LmDataConfig,
+    evaluation: TaggedEval,
+    mesh: Mesh,
+    params: Transformer,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     named: list[tuple[Any, list[str]]] = list(nested.tagged_eval_sets(Axis("position", SEQ_LEN)))
     other = build_tagged_evaluator(named, batch_size=8, mesh=mesh, vocab_size=VOCAB, max_batches=1)
     metrics = other.evaluate(params)
@@ -246,7 +251,9 @@ def test_named_examples_are_taken_as_they_are(
     )
     own, whole = (each.evaluate(params)["eval/macro_loss"] for each in (plain, evaluation))
     assert metrics["eval/macro_loss"] == pytest.approx(own, abs=tolerance(TERMS, own))
-    # One batch of each set only.
+    # One batch of each set only, which is said.
+    assert "evaluations take 16 of the " in caplog.text
+    assert "all of them with --eval.max_eval_batches=null" in caplog.text
     assert metrics["eval/macro_loss"] != pytest.approx(whole, abs=tolerance(TERMS, whole))
 
 

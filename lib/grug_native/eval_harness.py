@@ -68,9 +68,9 @@ class GrugHarness:
         Raises:
             UnwrittenReportError: the report cannot be written; the error has it, and the metrics.
         """
-        model = GrugLM(scorer, self.tokenizer)
         started = time.perf_counter()
         with _left_as_found():
+            model = GrugLM(scorer, self.tokenizer)
             for task in self.tasks["tasks"].values():
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             report = evaluator.evaluate(
@@ -118,9 +118,8 @@ def build_harness(config: GrugHarnessConfig, tokenizer: MarinTokenizer, *, max_l
         ValueError: if there is no such task, it executes code, it wants more examples than there are, or one of its
             documents does not fit into the model.
     """
-    encoder = encoder_of(tokenizer, max_length)
     with _left_as_found():
-        tasks = _load_tasks(config)
+        encoder, tasks = encoder_of(tokenizer, max_length), _load_tasks(config)
         for name, task in tasks["tasks"].items():
             _check_examples(name, task)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
