@@ -28,7 +28,6 @@ TESTED_WITH = {
     "cli_errors": "cli",
     "commands": "cli",
     "config_check": "config",
-    "corpus_making": "corpus",
     "corpus_store": "corpus",
     "eval_config": "config",
     "job": "results",

@@ -74,7 +74,7 @@ def test_the_test_above_would_see_it(source: str) -> None:
     assert [offence for node in ast.walk(ast.parse(source)) for offence in offences(node)]
 
 
-@pytest.mark.parametrize("run_id", ["../x", "/abs", "a/b", "a\0b", "..", ".hidden", "", "x" * 129, "%2e%2e/x"])
+@pytest.mark.parametrize("run_id", ["../x", "/abs", "a/b", "a\0b", "..", ".hidden", "", "x" * 181, "%2e%2e/x"])
 def test_a_run_s_name_cannot_lead_out_of_its_folder(run_id: str, make_run: MakeRun) -> None:
     with pytest.raises(ValueError, match=r"trainer\.run_id="):
         make_run(trainer={"run_id": run_id})
