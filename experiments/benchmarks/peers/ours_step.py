@@ -59,7 +59,10 @@ def main() -> None:
 
 
 def _mask(documents: np.ndarray | None) -> ours.CausalMask:
-    return ours.CausalMask(segment_ids=None if documents is None else (jnp.asarray(documents),) * 2)
+    if documents is None:
+        return ours.CausalMask()
+    ids = jnp.asarray(documents)
+    return ours.CausalMask(segment_ids=(ids, ids))
 
 
 def _profile() -> tuple[Path, int, int]:
