@@ -43,6 +43,7 @@ SHORTENED = {
 
 NOT_HERE = {
     "pip install uv": "it needs the network; the machine that runs this has uv",
+    "uv sync --extra gpu": "it needs the network",
     "uv run pytest -n 2": "it is running",
     "uv run pytest tests/faults -m slow_faults": "it needs root, mounts and minutes",
     "uv run ruff format --check": "CI runs it beside the tests",
