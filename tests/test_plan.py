@@ -18,8 +18,10 @@ from grug_native.mesh import MeshAxes
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.parts import RunParts
 from grug_native.plan import DataSketch, build_plan, tokenizer_size
+from grug_native.process import GPU_FLAGS
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
+from tests.accelerators import HOPPER, pretend
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
 if TYPE_CHECKING:
@@ -80,6 +82,15 @@ def test_the_numbers(tmp_path: Path) -> None:
     assert {"GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR"} <= choices.keys()
     assert all(choice.reason for choice in plan.choices)
     assert (plan.memory, plan.timing, plan.vocabulary, plan.resumes_from) == (None, None, None, None)
+
+
+def test_on_a_gpu_it_names_what_is_chosen_there(tmp_path: Path) -> None:
+    with pretend(HOPPER):
+        choices = {choice.what: choice for choice in plan_of(sketched(tmp_path)).choices}
+    assert "packed layout" in choices["attention"].reason and choices["attention"].name == "cudnn"
+    assert choices["compute dtype"].name == "bfloat16"
+    assert "beside the state" in choices["recomputed"].reason
+    assert choices["XLA flag"].name in GPU_FLAGS
 
 
 def test_it_prints_as_a_table(tmp_path: Path) -> None:

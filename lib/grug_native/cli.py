@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from grug_native.process import prepare_process
+from grug_native.process import prepare_process, set_gpu_flags
 
 _DESCRIPTION = """\
 Train language models, and look at what came of it.
@@ -250,6 +250,7 @@ def program() -> int:
     """`grug`, as a process of its own."""
     if sys.argv[1:2] == ["train"]:
         prepare_process()
+    set_gpu_flags()
     return main()
 
 

@@ -28,7 +28,7 @@ from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
 from grug_native.model import choose_remat, choose_scan
 from grug_native.parts import RunParts
-from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE
+from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
 from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
 from grug_native.train import train_step
@@ -221,7 +221,7 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
         reason = f"{reason}; {block:,} tokens at a time"
     scan, why_scanned = choose_scan(model, backend)
     asked = config.trainer.compute_dtype != "auto"
-    flags = os.environ.get(FLAGS_VARIABLE, "")
+    flags = with_gpu_flags(os.environ.get(FLAGS_VARIABLE, "")) if backend.name == "gpu" else ""
     return (
         Choice("attention", *choose_attention(model.attention, shape, backend)),
         Choice("cross-entropy", cross_entropy, reason),

@@ -29,8 +29,8 @@ def prepare_process() -> None:
     XLA:CPU takes the temporaries of a step, a gigabyte and more, anew from the system at each step, and on pages of
     4 KiB the faults cost a tenth of it; with huge pages they cost next to nothing. glibc reads that setting only as a
     process starts, so this one executes itself again, under the same process id. An empty `GLIBC_TUNABLES` forbids it.
-    Compiled functions are kept in the user's cache folder, or where `JAX_COMPILATION_CACHE_DIR` says. With JAX's plugin
-    for CUDA, `GPU_FLAGS` are set.
+    Compiled functions are kept in the user's cache folder, or where `JAX_COMPILATION_CACHE_DIR` says; for GPUs see
+    `set_gpu_flags`.
     """
     for descriptor in range(3):  # A file that took the place of a closed stderr would have messages in it.
         try:
@@ -39,11 +39,16 @@ def prepare_process() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grug_native" / "xla"
     os.environ.setdefault(CACHE_VARIABLE, str(cache))
-    if find_spec("jax_cuda13_plugin") is not None:
-        os.environ[FLAGS_VARIABLE] = with_gpu_flags(os.environ.get(FLAGS_VARIABLE, ""))
+    set_gpu_flags()
     if sys.platform == "linux" and TUNABLES_VARIABLE not in os.environ:
         os.environ[TUNABLES_VARIABLE] = _HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def set_gpu_flags() -> None:
+    """Adds `GPU_FLAGS` to the environment where JAX's plugin for CUDA is installed; to be called before JAX starts."""
+    if find_spec("jax_cuda13_plugin") is not None:
+        os.environ[FLAGS_VARIABLE] = with_gpu_flags(os.environ.get(FLAGS_VARIABLE, ""))
 
 
 def with_gpu_flags(flags: str) -> str:
