@@ -11,7 +11,7 @@ import jaxtyping
 import pytest
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
-from grug_native.model import GrugModelConfig
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 
 if TYPE_CHECKING:

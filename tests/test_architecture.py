@@ -33,6 +33,7 @@ TESTED_WITH = {
     "job": "results",
     "loop": "runner",
     "mixture": "data",
+    "model_config": "model",
     "data_record": "checkpoint_metadata",
     "python_texts": "corpus",
     "resume": "plan",

@@ -26,7 +26,8 @@ from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.eval_harness import build_harness
 from grug_native.eval_hooks import build_tagged_evaluator
 from grug_native.mesh import create_mesh
-from grug_native.model import GrugModelConfig, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.scoring import Scorer
 from grug_native.state import init_train_state

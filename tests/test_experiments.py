@@ -8,7 +8,7 @@ import pytest
 
 from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
 from grug_native.metrics import parameter_counts
-from grug_native.model import MODEL_PRESETS
+from grug_native.model_config import MODEL_PRESETS
 from grug_native.run_folder import RunLock
 from grug_native.runner import GrugRunner
 from grug_native.signals import ExitCode

@@ -15,7 +15,8 @@ from grug_native.attention import AttentionName
 from grug_native.backend import Backend
 from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage]
 from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
-from grug_native.model import GrugModelConfig, RematName, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import GrugModelConfig, RematName
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.sample import _generate  # pyright: ignore[reportPrivateUsage]
 from grug_native.scoring import _score_batch  # pyright: ignore[reportPrivateUsage]

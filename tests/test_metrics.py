@@ -5,7 +5,8 @@ import pytest
 from levanter.utils.flop_utils import lm_flops_per_token
 
 from grug_native.metrics import Throughput, abstract_parameters, flops_per_token, parameter_counts, peak_device_flops
-from grug_native.model import MODEL_PRESETS, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import MODEL_PRESETS
 from tests.fixtures_run import SMALL_MODEL
 
 

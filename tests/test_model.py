@@ -15,15 +15,8 @@ from experiments.benchmarks.peers.levanter_llama import to_llama
 from grug_native.backend import Backend
 from grug_native.loss import next_token_loss
 from grug_native.mesh import MeshAxes, create_mesh
-from grug_native.model import (
-    MODEL_PRESETS,
-    GrugModelConfig,
-    RematName,
-    Transformer,
-    choose_remat,
-    choose_scan,
-    parameter_kind,
-)
+from grug_native.model import Transformer, parameter_kind
+from grug_native.model_config import MODEL_PRESETS, GrugModelConfig, RematName, choose_remat, choose_scan
 from grug_native.rotary import GrugRopeConfig
 from tests.accelerators import CPU, HOPPER, TPU
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from grug_native.model import GrugModelConfig
+from grug_native.model_config import GrugModelConfig
 
 
 def tolerance(terms: int, magnitude: ArrayLike = 1.0, dtype: str = "float32") -> float:

@@ -25,7 +25,7 @@ from rich.table import Table
 from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
 from grug_native.checkpoint_metadata import RunIdentity
 from grug_native.mesh import BATCH_AXES, create_mesh
-from grug_native.model import MODEL_PRESETS
+from grug_native.model_config import MODEL_PRESETS
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import train_step

@@ -29,7 +29,8 @@ from experiments.benchmarks.peers.summary import spread
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
 from grug_native.loss import ComputeDtype, next_token_loss
 from grug_native.mesh import use_cpu_devices
-from grug_native.model import CrossEntropyName, GrugModelConfig, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import CrossEntropyName, GrugModelConfig
 from grug_native.process import prepare_process
 from grug_native.types import AttentionMask
 

@@ -24,7 +24,7 @@ from grug_native import (
     GrugTrainerConfig,
 )
 from grug_native.corpus import embedded_corpus
-from grug_native.model import MODEL_PRESETS
+from grug_native.model_config import MODEL_PRESETS
 
 SHAPES: dict[str, tuple[GrugModelConfig, int]] = {
     "tiny": (MODEL_PRESETS["tiny"], 16),

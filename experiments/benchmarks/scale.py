@@ -28,7 +28,7 @@ from grug_native import GrugNativeRunConfig, GrugRunner
 from grug_native.debug import lower_step
 from grug_native.mesh import create_mesh, use_cpu_devices
 from grug_native.metrics import abstract_parameters, flops_per_token, parameter_counts
-from grug_native.model import GrugModelConfig, RematName
+from grug_native.model_config import GrugModelConfig, RematName
 from grug_native.parts import RunParts
 from grug_native.types import Device
 

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from grug_native.corpus import embedded_corpus, local_text_data
     from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
     from grug_native.mesh import MeshAxes, create_mesh
-    from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
+    from grug_native.model import Transformer
+    from grug_native.model_config import MODEL_PRESETS, GrugModelConfig
     from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
     from grug_native.rotary import GrugRopeConfig
     from grug_native.run_plan import RunPlan
@@ -48,7 +49,8 @@ _MODULES = {
     "corpus": ("embedded_corpus", "local_text_data"),
     "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
     "mesh": ("MeshAxes", "create_mesh"),
-    "model": ("MODEL_PRESETS", "GrugModelConfig", "Transformer"),
+    "model": ("Transformer",),
+    "model_config": ("MODEL_PRESETS", "GrugModelConfig"),
     "optimizer": ("GrugOptimizer", "GrugOptimizerConfig"),
     "rotary": ("GrugRopeConfig",),
     "run_plan": ("RunPlan",),

@@ -15,7 +15,7 @@ import yaml
 from grug_native.config_check import check_data, checked, decode, no_mapping, read_value
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
-from grug_native.model import GrugModelConfig
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.profile import profile_window
 from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id

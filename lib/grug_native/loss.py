@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, jaxtyped
 
 from grug_native.backend import Backend, current_backend
 from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, gather
-from grug_native.model import CrossEntropyName, Transformer, cast_parameters
+from grug_native.model import Transformer, cast_parameters
+from grug_native.model_config import CrossEntropyName
 from grug_native.types import LmBatch, Scalar
 
 ComputeDtype = Literal["float32", "bfloat16"]

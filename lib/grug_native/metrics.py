@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 
-from grug_native.model import GrugModelConfig, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import GrugModelConfig
 from grug_native.types import Device
 
 

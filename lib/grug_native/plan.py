@@ -26,7 +26,7 @@ from grug_native.debug import lower_step
 from grug_native.loss import choose_block, choose_cross_entropy
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
-from grug_native.model import choose_remat, choose_scan
+from grug_native.model_config import choose_remat, choose_scan
 from grug_native.parts import RunParts
 from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
 from grug_native.run_folder import committed_steps, local_path

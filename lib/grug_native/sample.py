@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_native.loss import ComputeDtype
 from grug_native.mesh import AXIS_NAMES
-from grug_native.model import Block, GrugModelConfig, Transformer, cast_parameters
+from grug_native.model import Block, Transformer, cast_parameters
+from grug_native.model_config import GrugModelConfig
 from grug_native.rotary import apply_rotary, rotary_tables
 from grug_native.text_tokens import text_only
 from grug_native.types import Scalar, check_seed

@@ -9,7 +9,8 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from grug_native.model import GrugModelConfig, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizer
 
 

@@ -21,7 +21,7 @@ from grug_native.corpus_store import SOURCES_FILE, file_digest
 from grug_native.documents import find_files, read_documents
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.metrics import parameter_counts
-from grug_native.model import GrugModelConfig
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
 from grug_native.run_folder import run_id_from
 from grug_native.run_place import tokenizer_of

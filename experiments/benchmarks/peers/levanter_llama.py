@@ -10,7 +10,8 @@ from jaxtyping import Array
 from levanter.layers.rotary import DefaultRotaryEmbeddingsConfig, Llama3RotaryEmbeddingsConfig
 from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 
-from grug_native.model import GrugModelConfig, Transformer
+from grug_native.model import Transformer
+from grug_native.model_config import GrugModelConfig
 
 
 def llama_config(config: GrugModelConfig) -> LlamaConfig:

@@ -11,7 +11,7 @@ from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Gate
 from experiments.benchmarks.peers.shapes import Shape
 from grug_native.mesh import use_cpu_devices
-from grug_native.model import GrugModelConfig
+from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
 from grug_native.rotary import GrugRopeConfig
 
