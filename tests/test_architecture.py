@@ -38,6 +38,7 @@ TESTED_WITH = {
     "python_texts": "corpus",
     "resume": "plan",
     "run_plan": "plan",
+    "shell": "cli",
     "text_files": "documents",
     "text_survey": "corpus",
 }

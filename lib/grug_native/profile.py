@@ -57,8 +57,11 @@ class Kernel(NamedTuple):
     """All calls of one kernel in a trace, on all devices; instances that differ in a number at their end are one."""
 
     name: str
+    """As XLA or the library calls it."""
     calls: int
+    """On all devices together."""
     seconds: float
+    """Of all calls together."""
 
 
 class Trace(NamedTuple):
