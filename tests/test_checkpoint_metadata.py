@@ -93,7 +93,7 @@ def test_other_data_are_told_by_their_files_and_may_be_allowed() -> None:
     with pytest.raises(CheckpointMismatchError) as refused:
         check_identity(METADATA, changed)
     words = "1 file came (c.txt, 7 bytes); 1 file went (b.txt, 6 bytes); other tokens in a"
-    assert words in str(refused.value) and "trainer.allow_changes=['data_fingerprint']" in str(refused.value)
+    assert words in str(refused.value) and "'--trainer.allow_changes=[data_fingerprint]'" in str(refused.value)
     lineage = check_identity(METADATA, replace(changed, allowed_changes=("data_fingerprint",)))
     assert lineage[-1] == f"step 7: data_fingerprint: stored data-1, wanted data-2 ({words})"
     with pytest.raises(CheckpointMismatchError, match="which files changed is not known"):

@@ -78,7 +78,10 @@ def test_train_in_pieces(config_file: Path, tmp_path: Path, capsys: Capture) -> 
 
 
 def test_plan_of_a_file_and_of_a_run(config_file: Path, trained: Path, capsys: Capture) -> None:
-    assert main(["plan", "--trainer.num_train_steps", "7", str(config_file)]) == 0
+    other = ["plan", "--trainer.num_train_steps", "7", str(config_file)]
+    assert main(other) == ExitCode.REFUSED
+    assert "trainer.num_train_steps: stored 4, wanted 7" in capsys.readouterr().err
+    assert main([*other, "--trainer.allow_changes", "[trainer.num_train_steps]"]) == 0
     assert "1.00e-03 at 6" in capsys.readouterr().out
     assert main(["plan", str(trained)]) == 0
     printed = capsys.readouterr().out
@@ -309,7 +312,7 @@ def test_text_that_grew_is_told_and_the_run_keeps_its_tokenizer(
     assert main([*arguments, "--stop_after", "2"]) == ExitCode.REFUSED
     told = capsys.readouterr().err
     assert "1 file came (new.txt, 76,000 bytes); 1 file changed (0.txt, " in told
-    assert "tokenizer" not in told and "trainer.allow_changes=['data_fingerprint']" in told
+    assert "tokenizer" not in told and "'--trainer.allow_changes=[data_fingerprint]'" in told
     allowed = [*arguments, "--trainer.allow_changes", "data_fingerprint"]
     assert main([*allowed, "--stop_after", "2"]) == 0
     data = json.loads((tmp_path / "runs" / "mine" / "data.json").read_text())
