@@ -247,7 +247,7 @@ def test_the_report_counts_contexts_that_were_cut(
     )
     harness = build_harness(GrugHarnessConfig(tasks=tasks), tokenizer, max_length=64)
     harness.run(scorer, step=3, folder=tmp_path)
-    counted = json.loads((tmp_path / "step-3.json").read_text())["run"]["cut_contexts"]
+    counted = json.loads((tmp_path / "step-3-choices+words+pages.json").read_text())["run"]["cut_contexts"]
     assert counted == {"choices": {"contexts": 6, "cut": 2}, "words": {"contexts": 3, "cut": 1}}
     assert "task 'choices': 2 of 6 contexts do not fit into 64 tokens" in caplog.text
 

@@ -147,13 +147,17 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
         name=arguments.name,
         output_path=arguments.output_path,
         text_key=arguments.text_key or "text",
-        settle=partial(_settle, overrides),
+        tokenizer=dict(overrides).get("data.tokenizer"),
+        settle=partial(_settle, overrides, arguments),
     )
 
 
-def _settle(overrides: Sequence[tuple[str, str]], raw: dict[str, Any]) -> GrugNativeRunConfig:
+def _settle(
+    overrides: Sequence[tuple[str, str]], arguments: argparse.Namespace, raw: dict[str, Any]
+) -> GrugNativeRunConfig:
     """Makes the config of a run on text; what can be known to be wrong with it, is found before there are data."""
-    from grug_native.plan import DataSketch
+    from grug_native.plan import DataSketch, build_plan
+    from grug_native.resume import check_steps
 
     changed, data = with_overrides(raw, overrides), raw["data"]
     if "cache_dir" in data:
@@ -165,7 +169,9 @@ def _settle(overrides: Sequence[tuple[str, str]], raw: dict[str, Any]) -> GrugNa
         given["components"] = {"text": {}}
     check_data(given)
     config = config_from_dict(changed | {"data": DataSketch.of({"tokenizer": os.devnull} | given)})
-    GrugRunner(config).plan()
+    check_steps(config, stop_after=arguments.stop_after, resume_step=arguments.resume_step)
+    # Not the runner's plan: it would compare a run that has begun with data that are only sketched.
+    build_plan(RunParts(config, GrugRunner(config).optimizer))
     return config
 
 

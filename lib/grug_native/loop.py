@@ -34,7 +34,7 @@ from grug_native.parts import RunParts
 from grug_native.plan import build_plan
 from grug_native.profile import StepProfile, profile_window
 from grug_native.progress import ProgressLine, StartUp, messages_shown
-from grug_native.resume import check_data_offset
+from grug_native.resume import check_data_offset, check_steps
 from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
 from grug_native.run_log import RunLog
 from grug_native.saving import open_checkpointer, record_data
@@ -60,8 +60,7 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
     """Runs the loop; see `GrugRunner.fit`."""
     start_up = StartUp()
     config, trainer = parts.config, parts.config.trainer
-    if stop_after is not None and stop_after < 0:
-        raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
+    check_steps(config, stop_after=stop_after, resume_step=resume_step)
     last = trainer.num_train_steps if stop_after is None else min(stop_after, trainer.num_train_steps)
     folder, process = local_path(config.output_path), jax.process_index()
     with ExitStack() as stack:

@@ -250,3 +250,14 @@ def load_tokenizer(data: "LmDataConfig") -> "MarinTokenizer":
             "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
             "own: with the speedrun, --data local or --data FOLDER"
         ) from error
+
+
+def check_tokenizer(name: str) -> None:
+    """Loads a tokenizer that data are to be made with.
+
+    Raises:
+        ValueError: if it is not to be had; says what to do.
+    """
+    from levanter.data.text.datasets import LmDataConfig
+
+    load_tokenizer(LmDataConfig(tokenizer=name))

@@ -13,10 +13,17 @@ from grug_native.checkpoint_metadata import (
     no_usable_checkpoint,
     read_metadata,
 )
-from grug_native.config import COSMETIC_FIELDS, GrugTrainerConfig, config_to_dict
+from grug_native.config import COSMETIC_FIELDS, GrugNativeRunConfig, GrugTrainerConfig, config_to_dict
 from grug_native.data_record import read_records
 from grug_native.parts import RunParts
-from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined, step_name
+from grug_native.run_folder import (
+    CHECKPOINTS_FOLDER,
+    committed_steps,
+    find_checkpoint,
+    local_path,
+    quarantined,
+    step_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +66,18 @@ def check_resume(parts: RunParts) -> int | None:
     check_leaves(metadata.leaves, leaf_records(named_leaves(parts.state_shape)))
     check_data_offset(parts.config.trainer, metadata)
     return metadata.step
+
+
+def check_steps(config: GrugNativeRunConfig, *, stop_after: int | None, resume_step: int | None) -> None:
+    """Checks where a start of the run is to begin and to stop.
+
+    Raises:
+        ValueError: if it would stop before the start of the run, or there is no checkpoint to go back to.
+    """
+    if stop_after is not None and stop_after < 0:
+        raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
+    if resume_step:
+        find_checkpoint(local_path(config.output_path) / CHECKPOINTS_FOLDER, resume_step)
 
 
 def _newest(folder: Path) -> CheckpointMetadata | None:

@@ -23,6 +23,7 @@ from grug_native.eval_config import GrugEvalConfig
 from grug_native.metrics import parameter_counts
 from grug_native.model_config import GrugModelConfig
 from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.parts import check_tokenizer
 from grug_native.run_folder import run_id_from
 from grug_native.run_place import tokenizer_of
 from grug_native.text_files import ROW_SUFFIXES, TEXT_SUFFIXES, FoundFiles, compression, suffix
@@ -67,6 +68,7 @@ def text_run(
     runs: Path = Path("runs"),
     output_path: str | None = None,
     text_key: str = "text",
+    tokenizer: str | None = None,
     settle: Settle | None = None,
 ) -> GrugNativeRunConfig:
     """Makes a run of the texts in a folder, or finds the corpus that an earlier call made of the same ones.
@@ -79,6 +81,7 @@ def text_run(
         runs: where runs are, and the corpora that they share; texts in there are no texts of the folder.
         output_path: folder of the run, if it is to be another than `runs/NAME`.
         text_key: field or column of the text, in files that have rows.
+        tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub, to use in place of a new one.
         settle: makes the config, with what the user has changed in it. It is asked before any text is read, before the
             corpus is made, and at the end.
 
@@ -95,6 +98,8 @@ def text_run(
     # Not `run_folder`, which has lost the second slash of a URL, so that it would pass for a folder.
     written = output_path or str(run_folder)
     _check_without_text(written, settle)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     found = find_files("--text", path, leave_out=(runs, run_folder), text_key=text_key)
     survey = _survey(found.files, text_key, runs / "corpora")
     _say_what_was_read(path, found, survey)
@@ -108,15 +113,18 @@ def text_run(
     sizes = survey.bytes
     domains = text_domains(path, sizes)
     raw = _sections(int(total / _BYTES_PER_TOKEN), written)
-    raw["eval"]["sample_prompts"] = [_beginning(files, text_key) for files in domains.values()]
     weights = {domain: sum(sizes[file] for file in files) / total for domain, files in domains.items()}
     planned = settle(raw | {"data": {"components": {domain: {} for domain in domains}, "train_weights": weights}})
+    room = planned.model.max_seq_len // 2
+    raw["eval"]["sample_tokens"] = max(1, min(raw["eval"]["sample_tokens"], room))
+    raw["eval"]["sample_prompts"] = [_beginning(files, text_key, room - 1) for files in domains.values()]
     data = data_of_files(
         domains,
         cache_dir=runs / "corpora",
         vocab_size=planned.model.vocab_size,
         weights=weights,
         text_key=text_key,
+        tokenizer=tokenizer,
         keep_tokenizer=tokenizer_of(run_folder),
         survey=survey,
     )
@@ -289,8 +297,12 @@ def _batch_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 32_768
 
 
-def _beginning(files: Sequence[Path], text_key: str) -> str:
-    """How the first text starts, cut between words: something for the model to continue."""
+def _beginning(files: Sequence[Path], text_key: str, most_bytes: int) -> str:
+    """How the first text starts, cut between words: something for the model to continue.
+
+    It has `most_bytes` at most: so many tokens of a byte-level tokenizer, if it knows no more than bytes.
+    """
     documents: Iterator[str] = chain.from_iterable(read_documents(file, text_key) for file in files)
     text = next((text.lstrip() for text in documents if text.strip()), "")[:_PROMPT_CHARACTERS]
+    text = text.encode()[: max(0, most_bytes)].decode(errors="ignore")
     return text.rsplit(maxsplit=1)[0] if len(text.split()) > 1 else text
