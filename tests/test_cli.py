@@ -261,15 +261,16 @@ def test_text_around_its_own_runs_is_resumed(tmp_path: Path, monkeypatch: pytest
     assert main([*arguments, "--stop_after", "1"]) == 0
     assert main(arguments) == 0
     assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 1
+    assert (tmp_path / "1.10" / "checkpoints" / "step-2").is_dir()
     # A tokenizer that is given is the one that the texts are made into tokens with.
     (tokenizer,) = (tmp_path / "runs" / "corpora").glob("*/tokenizer")
+    shutil.rmtree(tmp_path / "1.10")
     shutil.copytree(tokenizer, tmp_path / "own" / "tokenizer")
-    given = [*arguments[:-1], "other", f"--data.tokenizer={tmp_path}/own/tokenizer", "--model.max_seq_len=32"]
-    assert main([*given, "--trainer.train_seq_len=null", "--stop_after", "1"]) == 0
+    given = [*arguments[:-1], "other", f"--data.tokenizer={tmp_path}/own/tokenizer", "--model.max_seq_len=64"]
+    assert main([*given, "--stop_after", "1"]) == 0
     data = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["data"]
     assert data["tokenizer"] == str(tmp_path / "own" / "tokenizer")
     assert not Path(data["cache_dir"]).is_relative_to(tokenizer.parent)
-    assert (tmp_path / "1.10" / "checkpoints" / "step-2").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,13 @@ def test_a_run_is_called_as_its_folder_is(tmp_path: Path, name: str) -> None:
     config = text_run(tmp_path / name, runs=tmp_path / "runs")
     assert Path(config.output_path) == tmp_path / "runs" / name
     assert config.run_id == name
+
+
+def test_what_a_run_among_the_texts_has_written_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "texts", "a.txt", 1000)
+    (tmp_path / "texts" / "run" / "checkpoints").mkdir(parents=True)
+    for name, content in (("config.yaml", "model: {}"), ("metrics.jsonl", '{"step": 0}'), ("log.txt", "said")):
+        (tmp_path / "texts" / "run" / name).write_text(content)
+    found = find_files("x", tmp_path / "texts")
+    assert [file.name for file in found.files] == ["a.txt"]
+    assert found.left_out == {"the folder of a run": ["run"]}

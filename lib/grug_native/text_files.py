@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from grug_native.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE
+
 _TEXT = (
     ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .css .yaml .yml .toml .ini .cfg .log "
     ".py .pyi .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift "
@@ -94,7 +96,10 @@ def walk(folder: Path, *, leave_out: Sequence[Path] = ()) -> Iterator[tuple[Path
             elif entry == "__pycache__":
                 continue
             elif path.is_dir():
-                if path.resolve() not in skipped:
+                if (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS_FOLDER).is_dir():
+                    if path.resolve() not in skipped:
+                        yield path, "the folder of a run"
+                elif path.resolve() not in skipped:
                     yield from enter(path)
             elif not path.is_file():
                 yield path, "no file" if path.exists() else "a link to nothing"
