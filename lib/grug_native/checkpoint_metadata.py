@@ -290,9 +290,10 @@ def check_identity(metadata: CheckpointMetadata, identity: RunIdentity) -> tuple
                 " which its ids would mean other tokens: give that of the run in data.tokenizer:"
             )
         else:
+            every = ", ".join([*identity.allowed_changes, *(d.name for d in refused)])
             way_out = (
                 "put them back, give another output_path, or, if the state keeps its arrays, resume with"
-                f" {offer('trainer.allow_changes', '[' + ', '.join(d.name for d in refused) + ']')}:"
+                f" {offer('trainer.allow_changes', f'[{every}]')}:"
             )
         raise CheckpointMismatchError(
             f"step {metadata.step} of run {metadata.run_id!r} was written with other settings, which change the"
