@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import Array
 
 from grug_native.attention import AttentionName
 from grug_native.backend import Backend
+from grug_native.bits_per_byte import TokenBytes
 from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage]
 from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
 from grug_native.model import Transformer
@@ -129,7 +131,9 @@ def test_all_options_together_lower(device: Backend, window: int | None, remat: 
 @pytest.mark.parametrize("device", [HOPPER, AMPERE, TPU], ids=["hopper", "ampere", "tpu"], indirect=True)
 def test_evaluation_and_scorer_lower(device: Backend, mesh: str) -> None:
     def evaluate(params: Transformer, batch: "GrugLmExample", tags: Array) -> object:
-        return _position_losses(params, batch, tags, None, "bfloat16")
+        lengths, marks = np.ones(300, np.int32), np.zeros(300, bool)
+        table = TokenBytes(lengths, lengths, marks, lengths, marks, bos=-1, eos=0)
+        return _position_losses(params, batch, tags, table, np.zeros(tags.shape[1], np.int32), "bfloat16")
 
     def score(params: Transformer, ids: Array) -> object:
         return _score_batch(params, ids, ids, ids, "bfloat16")
