@@ -136,7 +136,7 @@ def test_what_the_commands_leave_is_where_the_readme_says(trained: Path) -> None
         assert (trained / "runs" / "my_folder" / name).is_file()
     (layout,) = (block for block in blocks("text") if block.startswith("runs/NAME/"))
     for name in re.findall(r"^  ([\w.]+)[/ ]", layout, re.MULTILINE):
-        assert (trained / "runs" / "my_folder" / name).exists() or name == "harness"
+        assert (trained / "runs" / "my_folder" / name).exists() or name in ("harness", "profile")
 
 
 def test_python_blocks_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
