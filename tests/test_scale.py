@@ -10,7 +10,7 @@ from grug_native.mesh import constrain
 from grug_native.metrics import parameter_counts
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
-PLAIN = replace(SMALL_MODEL, attention="reference", cross_entropy="blockwise")
+PLAIN = replace(SMALL_MODEL, attention="reference", cross_entropy="blockwise", remat="none")
 SCANNED = replace(PLAIN, scan_layers=True, remat="full", num_layers=3)
 COUNTS = parameter_counts(SCANNED)
 
