@@ -125,7 +125,8 @@ def test_a_name_is_obeyed() -> None:
 @pytest.mark.parametrize(
     ("name", "backend", "words"),
     [
-        ("cudnn", CPU, ["model.attention='cudnn'", "NVIDIA GPU", "'reference'"]),
+        ("cudnn", CPU, ["model.attention='cudnn'", "gpu, not on a cpu", "'auto'"]),
+        ("cudnn", TURING, ["model.attention='cudnn'", "NVIDIA GPU", "'reference'"]),
         ("tpu_splash", HOPPER, ["model.attention='tpu_splash'", "tpu, not on a gpu", "'auto'"]),
         ("gpu_fa4_cute", CPU, ["model.attention='gpu_fa4_cute'", "gpu, not on a cpu", "'auto'"]),
         ("gpu_fa4_cute", HOPPER, ["model.attention='gpu_fa4_cute'", "flash-attn-4", "'auto'"]),

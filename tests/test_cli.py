@@ -166,6 +166,7 @@ def test_a_checkpoint_is_used_on_other_devices(
     raw = yaml.safe_load((run / "config.yaml").read_text())
     raw["trainer"] |= trainer
     raw["eval"] |= {"eval_batch_size": 3}
+    raw["model"]["attention"] = "cudnn"
     (run / "config.yaml").write_text(yaml.safe_dump(raw))
     assert main(["eval", str(run)]) == 0
     assert losses() == wanted != []

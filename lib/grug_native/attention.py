@@ -28,7 +28,8 @@ AttentionName = Literal["auto", "reference", "blocked", "xla_flash", "cudnn", "g
 
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
-_WANTED_BACKEND: dict[AttentionName, str] = {"gpu_fa4_cute": "gpu", "tpu_splash": "tpu"}
+WANTED_BACKEND: dict[AttentionName, str] = {"cudnn": "gpu", "gpu_fa4_cute": "gpu", "tpu_splash": "tpu"}
+"""The implementations that only one backend has."""
 
 _HOPPER = (9, 0)
 """Compute capability from which cuDNN has a packed layout, and heads of up to 256 features."""
@@ -70,12 +71,12 @@ def choose_attention(name: AttentionName, shape: AttentionShape, backend: Backen
     Raises:
         ValueError: if the implementation that the config names does not take such inputs on this backend.
     """
+    wanted = WANTED_BACKEND.get(name, backend.name)
+    if backend.name != wanted:
+        raise ValueError(f"model.attention={name!r} runs on a {wanted}, not on a {backend.name}: use 'auto'")
     obstacle = _cudnn_obstacle(shape, backend)
     if name == "cudnn" and obstacle is not None:
         raise ValueError(f"model.attention='cudnn' does not serve here: {obstacle}. Use 'auto' or 'reference'")
-    wanted = _WANTED_BACKEND.get(name, backend.name)
-    if backend.name != wanted:
-        raise ValueError(f"model.attention={name!r} runs on a {wanted}, not on a {backend.name}: use 'auto'")
     if name == "gpu_fa4_cute" and find_spec("cutlass") is None:
         raise ValueError(
             f"model.attention={name!r} needs the packages nvidia-cutlass-dsl[cu13] and flash-attn-4: install them, or "

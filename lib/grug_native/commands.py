@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from grug_native.attention import WANTED_BACKEND
 from grug_native.config import (
     GrugNativeRunConfig,
     config_from_dict,
@@ -193,7 +194,7 @@ def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transform
 
 
 def _on_these_devices(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
-    """Fits the mesh and the batches of a run to the devices at hand: parameters can be restored onto any mesh."""
+    """Fits mesh, batches and kernel of a run to the devices at hand: parameters can be restored onto any mesh."""
     trainer, evaluation, harness = config.trainer, config.eval, config.eval.harness
     devices, asked = jax.device_count(), trainer.mesh.model
     model = asked if asked > 0 and devices % asked == 0 else 1
@@ -207,8 +208,11 @@ def _on_these_devices(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
         harness = replace(harness, batch_size=rounded_up(harness.batch_size))
     batch = rounded_up(evaluation.eval_batch_size or trainer.batch_size_at(0))
     mesh = MeshAxes(replica_dcn=shards // data, data=data, model=model)
+    backend = jax.default_backend()
+    elsewhere = WANTED_BACKEND.get(config.model.attention, backend) != backend
     return replace(
         config,
+        model=replace(config.model, attention="auto") if elsewhere else config.model,
         trainer=replace(trainer, mesh=mesh, train_batch_size=batch),
         eval=replace(evaluation, eval_batch_size=batch, harness=harness),
     )

@@ -2,6 +2,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.config.task import FewshotConfig
 
 class Task:
     OUTPUT_TYPE: str | None
@@ -14,9 +15,6 @@ class Task:
     def set_fewshot_seed(self, seed: int | None = None) -> None: ...
     def fewshot_docs(self) -> Iterable[Mapping[str, Any]]: ...
     def build_all_requests(self, *, limit: int | None = None) -> None: ...
-
-class FewshotConfig:
-    split: str | None
 
 class ConfigurableTask(Task):
     fewshot_cfg: FewshotConfig

@@ -1,0 +1,2 @@
+class FewshotConfig:
+    split: str | None
