@@ -33,7 +33,7 @@ def test_f23_a_step_that_is_not_finite_stops_the_run(run: Run, whole: Run) -> No
         "gradient norm nan",
         "sequences 12 to 15",
         str(run.step(2)),
-        "trainer.nonfinite='skip'",
+        "--trainer.nonfinite=skip",
     )
     run.fit("nan@step:3").expect(1, *words)
     assert run.names() == ["step-2"]
