@@ -15,13 +15,13 @@ from jaxtyping import Array
 from grug_native.attention import AttentionName
 from grug_native.backend import Backend
 from grug_native.bits_per_byte import TokenBytes
-from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage]
+from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage] (compiled function)
 from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
 from grug_native.model import Transformer
 from grug_native.model_config import GrugModelConfig, RematName
 from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
-from grug_native.sample import _generate  # pyright: ignore[reportPrivateUsage]
-from grug_native.scoring import _score_batch  # pyright: ignore[reportPrivateUsage]
+from grug_native.sample import _generate  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] (compiled function)
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig, lower_train_step
 from tests.accelerators import AMPERE, HOPPER, PLATFORM, TPU, pretend
