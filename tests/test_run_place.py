@@ -82,8 +82,8 @@ def test_what_moved_with_a_run_is_found_there(project: Path, monkeypatch: pytest
     # A copy of the project has its own; a copy of the run alone goes on with what it had.
     other = Path(shutil.copytree(project, project.parent / "other"))
     assert corpus_of(other / "runs" / "a") == other / "runs" / "corpora" / KEY
-    source = load_config(other / "runs" / "a").data.components["caves"].source
-    [url] = source.train_urls  # pyright: ignore (a union of kinds of sources)
+    # Of the kinds of sources, one that has URLs.
+    [url] = load_config(other / "runs" / "a").data.components["caves"].source.train_urls  # pyright: ignore
     assert url == str(other / "runs" / "corpora" / KEY / "text" / "caves.train.jsonl")
     alone = Path(shutil.copytree(project / "runs" / "a", project.parent / "alone" / "deep" / "a"))
     assert corpus_of(alone) == old
