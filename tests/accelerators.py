@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from grug_native import attention, backend, loss, model, plan, train
+from grug_native import attention, backend, layers, loss, plan, train
 from grug_native.backend import Backend
 
 CPU = Backend("cpu")
@@ -25,7 +25,7 @@ def pretend(device: Backend) -> Generator[None]:
     """Lets all that asks for the devices' kind see `device`; what is traced before and after is forgotten."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attention, backend, loss, model, plan, train):
+        for module in (attention, backend, layers, loss, plan, train):
             patch.setattr(module, "current_backend", lambda: device)
         patch.setattr(jax, "default_backend", lambda: device.name)
         capability = device.cuda_capability or (0, 0)

@@ -11,8 +11,10 @@ import jaxtyping
 import pytest
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
-from grug_native.model_config import GrugModelConfig
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.language_model import LanguageModel
+from grug_native.model import GrugModelConfig, Transformer
+from grug_native.optimizer import AdamWConfig, LionConfig, MuonConfig
+from grug_native.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -40,6 +42,12 @@ def make_batch(
     return GrugLmExample(tokens, jnp.ones((batch, seq_len)).at[:, -1].set(0.0), mask)
 
 
+def llama(params: LanguageModel | None) -> Transformer:
+    """The parameters, known to be those of our own model."""
+    assert isinstance(params, Transformer)
+    return params
+
+
 @contextmanager
 def without_runtime_types() -> Generator[None]:
     """What a user meets, who does not run under the type-checking import hook of the tests."""
@@ -65,11 +73,13 @@ def make_run(small_corpus: "LmDataConfig", tmp_path: Path) -> MakeRun:
         **sections: Any,
     ) -> GrugNativeRunConfig:
         trainer_fields: dict[str, Any] = {"num_train_steps": 8, "train_batch_size": 4} | (trainer or {})
-        optimizer_fields: dict[str, Any] = {"learning_rate": 1e-2, "warmup": 2} | (optimizer or {})
+        numbers: dict[str, Any] = {"learning_rate": 1e-2, "warmup": 2} | (optimizer or {})
+        schedule = {name: numbers.pop(name) for name in ("shape", "warmup", "decay", "min_lr_ratio") if name in numbers}
+        kind = {"adamw": AdamWConfig, "muon": MuonConfig, "lion": LionConfig}[numbers.pop("type", "adamw")]
         parts: dict[str, Any] = {"model": SMALL_MODEL, "data": small_corpus} | sections
         return GrugNativeRunConfig(
             **parts,
-            optimizer=GrugOptimizerConfig(**optimizer_fields),
+            optimizer=kind(schedule=ScheduleConfig(**schedule), **numbers),
             trainer=GrugTrainerConfig(**trainer_fields),
             output_path=str(tmp_path / name),
         )

@@ -11,7 +11,8 @@ import pytest
 from experiments.benchmarks import eval_stall, growth, input_pipeline, loop_overhead, measure, optimizers
 from experiments.benchmarks.measure import SHAPES, Spread, interleave, spread
 from experiments.benchmarks.optimizers import Bench, Outcome, Study, Trial, run_row, tune
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig, MuonConfig
+from grug_native.schedule import ScheduleConfig
 from tests.fixtures_run import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -110,13 +111,13 @@ def write_tuned(study: Study, file: Path) -> None:
 
     Muon's shorter runs are there too, so that one run of each optimizer is left to train.
     """
-    start = GrugOptimizerConfig(warmup=0.1)
+    start = AdamWConfig(schedule=ScheduleConfig(warmup=0.1))
     optimizers = [replace(start, learning_rate=rate, beta2=beta2) for rate in RATES for beta2 in (0.95, 0.98)]
-    muon = replace(start, kind="muon")
-    optimizers += [replace(muon, learning_rate=one, adam_learning_rate=two) for one in RATES for two in RATES]
+    muon = MuonConfig(schedule=start.schedule)
+    tuned = [replace(muon, learning_rate=one, adam_learning_rate=two) for one in RATES for two in RATES]
     rows: list[str] = []
-    for optimizer in optimizers:
-        rates = (optimizer.learning_rate, optimizer.adam_learning_rate or 1e-2)
+    for optimizer in (*optimizers, *tuned):
+        rates = (optimizer.learning_rate, getattr(optimizer, "adam_learning_rate", 1e-2))
         end = 8.0 + sum(abs(math.log2(rate / 1e-2)) for rate in rates) + (optimizer.beta2 - 0.95)
         rows.append(run_row(study, Trial(optimizer, study.steps, 0), Outcome(((2, 9.0), (4, end)), 1.0)))
     best = replace(muon, learning_rate=1e-2, adam_learning_rate=1e-2)
@@ -150,7 +151,7 @@ def test_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_inside(tmp_path: Path) -> None:
-    start = GrugOptimizerConfig()
+    start = AdamWConfig()
     # With beta2=0.9 the best rate is 1, and 0.5 with the one that is given.
     ends = {(rate, 0.95): abs(rate - 0.5) + 3 for rate in (0.25, 0.5, 1.0, 2.0, 4.0)}
     ends |= {(rate, 0.9): abs(rate - 1.0) for rate in (0.25, 0.5, 1.0, 2.0)}

@@ -15,8 +15,9 @@ import yaml
 from grug_native.cli import build_parser, main, parse, split_overrides
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_to_dict, save_config
 from grug_native.eval_config import GrugEvalConfig
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig, MuonConfig
 from grug_native.run_folder import RunLock
+from grug_native.schedule import ScheduleConfig
 from grug_native.signals import ExitCode
 from grug_native.tracker import read_metrics
 from tests.fixtures_data import make_text
@@ -35,7 +36,7 @@ def config_file(small_corpus: "LmDataConfig", tmp_path_factory: pytest.TempPathF
     config = GrugNativeRunConfig(
         model=SMALL_MODEL,
         data=small_corpus,
-        optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=1),
+        optimizer=AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=1)),
         trainer=GrugTrainerConfig(num_train_steps=9, train_batch_size=4, ema_beta=0.5, steps_per_checkpoint=2),
         eval=GrugEvalConfig(max_eval_batches=1),
         output_path=str(folder / "run"),
@@ -213,7 +214,7 @@ def test_a_damaged_checkpoint_fails_the_verification(trained: Path, tmp_path: Pa
         (["--model.vocab_size", "200"], "smaller than the 300 tokens"),
         (["--name", "x"], "--name=x goes with --text"),
         (["--trainer.trackers", "[wandb]"], "must be a list of mappings, such as [{type: wandb}]"),
-        (["--optimizer.levanter", "adam"], "must be a mapping such as {type: adam}"),
+        (["--optimizer.type", "levanter", "--optimizer.levanter", "adam"], "must be a mapping such as {type: adam}"),
         (["--eval.sample_prompts", "[grug brain]", "--eval.sample_tokens", "32"], "do not fit in model.max_seq_len=32"),
     ],
 )
@@ -498,5 +499,8 @@ def test_a_config_with_overrides_round_trips(make_run: MakeRun) -> None:
         raw, [("trainer.mesh.data", "2"), ("optimizer.learning_rate", "1e-3"), ("eval.harness", "null")]
     )
     config = config_from_dict(changed)
+    assert isinstance(config.optimizer, AdamWConfig)
     assert (config.trainer.mesh.data, config.optimizer.learning_rate) == (2, 1e-3)
     assert raw == config_to_dict(make_run())
+    muon = config_from_dict(with_overrides(raw, [("optimizer.momentum", "0.9"), ("optimizer.type", "muon")])).optimizer
+    assert isinstance(muon, MuonConfig) and (muon.momentum, muon.learning_rate, muon.schedule.warmup) == (0.9, 0.01, 2)

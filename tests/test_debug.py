@@ -46,7 +46,7 @@ def init() -> Transformer:
 def test_norms_are_those_of_the_gradient_and_of_the_modules() -> None:
     params, batch = init(), make_batch(packed=True)
     norms = module_norms(params, batch)
-    grads = eqx.filter_jit(jax.grad(lambda p: next_token_loss(p, batch)))(params)
+    grads, _ = eqx.filter_jit(jax.grad(lambda p: next_token_loss(p, batch), has_aux=True))(params)
     assert_close(norms.gradients["lm_head"], jnp.linalg.norm(grads.lm_head), terms=TERMS)
     assert_close(norms.gradients["blocks.mlp.up"], jnp.linalg.norm(grads.blocks.mlp.up, axis=(1, 2)), terms=TERMS)
     assert_close(norms.parameters["final_norm.weight"], np.sqrt(32), terms=32)
@@ -59,7 +59,7 @@ def test_norms_are_those_of_the_gradient_and_of_the_modules() -> None:
         "blocks": (2,),
         "final_norm": (),
     }
-    hidden = eqx.filter_jit(params)(batch.tokens, batch.attn_mask)
+    hidden, _, _ = eqx.filter_jit(params.hidden)(batch.tokens, batch.attn_mask)
     assert_close(norms.activations["final_norm"], jnp.sqrt(jnp.mean(hidden**2)), terms=hidden.size)
 
 
@@ -121,7 +121,7 @@ def test_a_donated_state_is_told_of_in_words(make_run: MakeRun) -> None:
 def test_a_runner_is_short_to_print(make_run: MakeRun) -> None:
     text = repr(GrugRunner(make_run()))
     assert text.count("\n") == 0
-    assert "34,720 parameters, 8 steps of 4 x 32 tokens, adamw" in text
+    assert "34,720 parameters, 8 steps of 4 x 32 tokens, AdamWConfig" in text
 
 
 def test_mesh_is_left_as_it_was(make_run: MakeRun) -> None:

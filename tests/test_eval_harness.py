@@ -26,9 +26,9 @@ from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.eval_harness import build_harness
 from grug_native.eval_hooks import build_tagged_evaluator
 from grug_native.mesh import create_mesh
-from grug_native.model import Transformer
-from grug_native.model_config import GrugModelConfig
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.model import GrugModelConfig, Transformer
+from grug_native.optimizer import AdamWConfig, GrugOptimizer
+from grug_native.schedule import ScheduleConfig
 from grug_native.scoring import Scorer
 from grug_native.state import init_train_state
 from grug_native.text_tokens import text_only
@@ -301,7 +301,7 @@ def test_a_model_trained_on_prose_tells_good_from_bad(make_task: MakeTask, tmp_p
     config = GrugModelConfig(
         vocab_size=300, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=2, max_seq_len=32
     )
-    optimizer = GrugOptimizer(GrugOptimizerConfig(learning_rate=1e-2, warmup=10), 150)
+    optimizer = GrugOptimizer(AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=10)), 150)
     mesh = create_mesh(32, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = init_train_state(config, optimizer, key=jax.random.key(0))

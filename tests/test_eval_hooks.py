@@ -35,10 +35,12 @@ from grug_native.eval_hooks import (
     build_tagged_eval_callback,
     build_tagged_evaluator,
 )
+from grug_native.language_model import logits
 from grug_native.loss import per_token_loss
-from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
 from grug_native.model import Transformer
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig, GrugOptimizer
+from grug_native.schedule import ScheduleConfig
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.text_tokens import text_only
 from grug_native.train import train_step
@@ -141,15 +143,15 @@ def _nats(params: Transformer, ids: Sequence[int], eos: int) -> float:
     """Negative log-likelihood of a text after EOS, by the definition."""
     tokens = np.zeros((4, SEQ_LEN), np.int32)
     tokens[:, : len(ids) + 1] = [eos, *ids]
-    logits = np.asarray(_logits(params, jnp.asarray(tokens)), np.float64)[0, : len(ids)]
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    found = np.asarray(_logits(params, jnp.asarray(tokens)), np.float64)[0, : len(ids)]
+    shifted = found - found.max(axis=1, keepdims=True)
     log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return -float(log_probability[np.arange(len(ids)), list(ids)].sum())
 
 
 @jax.jit
 def _logits(params: Transformer, tokens: Array) -> Array:
-    return params.logits(tokens, AttentionMask.causal())
+    return logits(params, tokens, AttentionMask.causal())
 
 
 @settings(max_examples=12, deadline=None)
@@ -194,7 +196,7 @@ def _bits_by_hand(data: LmDataConfig, mesh: Mesh, params: Transformer, *, space:
         padded = examples + examples[:1] * (-len(examples) % 4)
         batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
         with jax.set_mesh(mesh):
-            batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(("replica_dcn", "data"))))
+            batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
             losses = np.asarray(_losses(params, batch), np.float64)
         for row in range(len(examples)):
             for position in range(1, SEQ_LEN):
@@ -274,16 +276,16 @@ def _no_compilation() -> Any:
 
 
 def _state(mesh: Mesh, *, ema: bool) -> GrugTrainState:
-    optimizer = GrugOptimizer(GrugOptimizerConfig(warmup=0), 10)
+    optimizer = GrugOptimizer(AdamWConfig(schedule=ScheduleConfig(warmup=0)), 10)
     with jax.set_mesh(mesh):
         return init_train_state(SMALL_MODEL, optimizer, key=jax.random.key(3), ema=ema)
 
 
 def test_nothing_is_compiled_twice(evaluation: TaggedEval, mesh: Mesh) -> None:
-    optimizer, batch = GrugOptimizer(GrugOptimizerConfig(warmup=0), 10), make_batch(batch=4)
+    optimizer, batch = GrugOptimizer(AdamWConfig(schedule=ScheduleConfig(warmup=0)), 10), make_batch(batch=4)
     state = _state(mesh, ema=False)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(("replica_dcn", "data"))))
+        batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
         state, _ = train_step(optimizer, state, batch)
         first = evaluation.evaluate(state.params)
         state, _ = train_step(optimizer, state, batch)
@@ -320,7 +322,7 @@ def test_the_check_looks_at_each_set(
     firsts = [dataset.as_sync_dataset()[0] for dataset, _ in sets]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *firsts, *firsts)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(("replica_dcn", "data"))))
+        batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
         losses = per_token_loss(params, batch)
         mean = float(jnp.sum(losses * batch.loss_weight) / jnp.sum(batch.loss_weight))
     assert evaluation.check_one_batch(params) == pytest.approx(mean, abs=tolerance(TERMS, mean))

@@ -8,7 +8,8 @@ import pytest
 
 from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
 from grug_native.metrics import parameter_counts
-from grug_native.model_config import MODEL_PRESETS
+from grug_native.model import MODEL_PRESETS
+from grug_native.optimizer import AdamWConfig
 from grug_native.run_folder import RunLock
 from grug_native.runner import GrugRunner
 from grug_native.signals import ExitCode
@@ -67,7 +68,7 @@ def test_a_real_size_is_the_speedruns(size: str) -> None:
         config.trainer.sequences_before(config.trainer.num_train_steps) * 2048,
     )
     assert (config.trainer.train_batch_size, config.seq_len) == (128, 2048)
-    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-3, 0.1)
+    assert config.optimizer == AdamWConfig(learning_rate=3e-3, weight_decay=0.1)
     assert config.data.tokenizer == speedrun.LLAMA3_TOKENIZER and config.model.vocab_size == 128_256
     assert abs(tokens - 20 * parameter_counts(config.model)["total"]) < 128 * 2048
     assert speedrun.build_run(size, num_train_steps=7).trainer.num_train_steps == 7 != steps

@@ -9,7 +9,8 @@ import pytest
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
 from grug_native.faults import InjectedFaultError
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig
+from grug_native.schedule import ScheduleConfig
 from tests.fixtures_run import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def make_step(text_folder: Path) -> MakeStep:
             return GrugNativeRunConfig(
                 model=SMALL_MODEL,
                 data=replace(corpus_data(ctx, corpus), mixture_block_size=8),
-                optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=1),
+                optimizer=AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=1)),
                 trainer=GrugTrainerConfig(num_train_steps=4, train_batch_size=batch, seed=seed, steps_per_checkpoint=2),
                 output_path=ctx.output_path,
             )
@@ -163,7 +164,7 @@ def test_marins_own_tokenized_datasets_are_steps_before_a_run(
         return GrugNativeRunConfig(
             model=SMALL_MODEL,
             data=mixture(ctx, {caves: 1.0}),
-            optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=1),
+            optimizer=AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=1)),
             trainer=GrugTrainerConfig(num_train_steps=2, train_batch_size=4),
             output_path=ctx.output_path,
         )

@@ -19,7 +19,7 @@ from tests.tolerance import assert_close
 
 def test_axes_are_explicit_and_one_fills_up() -> None:
     mesh = create_mesh(8, MeshAxes(model=2), devices=jax.devices()[:4])
-    assert dict(mesh.shape) == {"replica_dcn": 1, "data": 2, "model": 2}
+    assert dict(mesh.shape) == {"replica_dcn": 1, "data": 2, "expert": 1, "model": 2}
     assert mesh.axis_names == AXIS_NAMES
     assert set(mesh.axis_types) == {AxisType.Explicit}
 

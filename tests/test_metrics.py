@@ -4,9 +4,9 @@ import jax
 import pytest
 from levanter.utils.flop_utils import lm_flops_per_token
 
-from grug_native.metrics import Throughput, abstract_parameters, flops_per_token, parameter_counts, peak_device_flops
-from grug_native.model import Transformer
-from grug_native.model_config import MODEL_PRESETS
+from grug_native.language_model import abstract_parameters
+from grug_native.metrics import Throughput, flops_per_token, parameter_counts, peak_device_flops
+from grug_native.model import MODEL_PRESETS, Transformer
 from tests.fixtures_run import SMALL_MODEL
 
 
@@ -16,7 +16,7 @@ def test_counts_are_those_of_the_drawn_model() -> None:
     assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(drawn))
     assert counts["total"] == sum(count for name, count in counts.items() if name != "total")
     assert counts["embed"] == counts["lm_head"] == 300 * 32
-    assert counts["norms"] == 5 * 32
+    assert counts["blocks.attn_norm"] == 2 * counts["final_norm"] == 2 * 32
 
 
 def test_an_abstract_model_takes_no_memory() -> None:

@@ -16,7 +16,7 @@ def parts_of(make_run: MakeRun, **changes: object) -> RunParts:
 
 
 def test_the_abstract_state_is_the_drawn_one(make_run: MakeRun) -> None:
-    parts = parts_of(make_run, trainer={"ema_beta": 0.5}, optimizer={"kind": "muon"})
+    parts = parts_of(make_run, trainer={"ema_beta": 0.5}, optimizer={"type": "muon"})
     drawn, abstract = parts.init_state(), parts.state_shape
     assert jax.tree.structure(drawn) == jax.tree.structure(abstract)
     for real, shape in zip(jax.tree.leaves(drawn), jax.tree.leaves(abstract), strict=True):
@@ -57,7 +57,7 @@ def test_a_sequence_longer_than_the_data_is_refused(make_run: MakeRun) -> None:
 def test_what_does_not_fit_the_devices_is_refused(make_run: MakeRun, changes: dict[str, object], words: str) -> None:
     parts = parts_of(make_run, **changes)
     with pytest.raises(ValueError, match=words):
-        _ = parts.mesh
+        _ = parts.state_shape
 
 
 @pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./tokenizer", "runs/corpora/gone/tokenizer"])

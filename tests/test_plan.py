@@ -15,12 +15,13 @@ from grug_native.checkpoint_metadata import NoUsableCheckpointError
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.mesh import MeshAxes
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import MuonConfig
 from grug_native.parts import RunParts
 from grug_native.plan import DataSketch, build_plan, tokenizer_size
 from grug_native.process import GPU_FLAGS
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
+from grug_native.schedule import ScheduleConfig
 from tests.accelerators import HOPPER, pretend
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
@@ -36,7 +37,7 @@ def sketched(folder: Path, data: Any = SKETCH, **trainer: Any) -> GrugNativeRunC
     return GrugNativeRunConfig(
         model=SMALL_MODEL,
         data=data,
-        optimizer=GrugOptimizerConfig(kind="muon", learning_rate=1e-2, warmup=10),
+        optimizer=MuonConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=10)),
         trainer=GrugTrainerConfig(**fields),
         output_path=str(folder / "run"),
     )
@@ -51,9 +52,11 @@ def test_the_numbers(tmp_path: Path) -> None:
     embed, layer = 300 * 32, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     assert plan.parameters == {
         "embed": embed,
-        "attention": 2 * (2 * 32 * 32 + 2 * 32 * 16),
-        "mlp": 2 * 3 * 32 * 48,
-        "norms": 5 * 32,
+        "blocks.attn_norm": 2 * 32,
+        "blocks.attn": 2 * (2 * 32 * 32 + 2 * 32 * 16),
+        "blocks.mlp_norm": 2 * 32,
+        "blocks.mlp": 2 * 3 * 32 * 48,
+        "final_norm": 32,
         "lm_head": embed,
         "total": 2 * embed + 2 * layer + 5 * 32,
     }
@@ -65,11 +68,11 @@ def test_the_numbers(tmp_path: Path) -> None:
     assert dict(plan.learning_rates)[0] == pytest.approx(1e-3)
     assert plan.learning_rates[-1] == (99, pytest.approx(1e-3))
     assert plan.mixture == ((0, {"caves": 0.75, "clubs": 0.25}),)
-    assert plan.mesh == {"replica_dcn": 1, "data": 4, "model": 1}
+    assert plan.mesh == {"replica_dcn": 1, "data": 4, "expert": 1, "model": 1}
     assert plan.shardings[".blocks.attn.wq"] == "-, data, model"
-    routes = {route.path: (route.group, route.decayed) for route in plan.routing}
-    assert routes[".blocks.mlp.up"] == ("muon", True)
-    assert routes[".embed"] == ("adamw", False)
+    groups = {group.path: group.group for group in plan.routing}
+    assert groups[".blocks.mlp.up"] == "muon, rate 0.01, decay 0.1"
+    assert groups[".embed"] == "adamw, rate 0.01"
     choices = {choice.what: choice.name for choice in plan.choices}
     assert {what: name for what, name in choices.items() if what.islower()} == {
         "attention": "blocked",
@@ -98,7 +101,7 @@ def test_it_prints_as_a_table(tmp_path: Path) -> None:
     text = str(plan)
     for words in (
         "34,720",
-        "muon, decayed",
+        "muon, rate 0.01",
         "caves 75.0%",
         "data=4",
         "blocked: dense",
@@ -153,7 +156,7 @@ def test_it_refuses_what_training_does(make_run: MakeRun, small_corpus: "LmDataC
     for changes in (
         {"model": replace(SMALL_MODEL, num_layers=1)},
         {"trainer": {"train_batch_size": 8, "allow_changes": ("trainer.train_batch_size",)}},
-        {"optimizer": {"kind": "muon"}, "trainer": {"allow_changes": ("optimizer",)}},
+        {"optimizer": {"type": "muon"}, "trainer": {"allow_changes": ("optimizer",)}},
         {"data": data},
     ):
         changed = GrugRunner(make_run(eval=few, **changes))
@@ -172,7 +175,7 @@ def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         plan_of(sketched(tmp_path, train_batch_size=6))
     with pytest.raises(ValueError, match="does not fit 4 device"):
         plan_of(sketched(tmp_path, mesh=MeshAxes(data=3)))
-    with pytest.raises(ValueError, match=r"optimizer.warmup=10 .* more than trainer.num_train_steps=5"):
+    with pytest.raises(ValueError, match=r"optimizer.schedule.warmup=10 .* more than trainer.num_train_steps=5"):
         plan_of(sketched(tmp_path, num_train_steps=5))
     with pytest.raises(ValueError, match=r"eval.eval_batch_size=3 does not divide over 4 .* use 4"):
         plan_of(replace(sketched(tmp_path), eval=GrugEvalConfig(eval_batch_size=3)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
 from tests.tolerance import assert_close
 
-TABLES = rotary_tables(GrugRopeConfig(theta=100.0), 8, 64)
+TABLES = rotary_tables(GrugRopeConfig(theta=100.0), 8, jnp.arange(64))
 
 
 @settings(deadline=None, max_examples=25)
@@ -32,7 +32,7 @@ def test_a_base_that_is_no_base_is_refused(theta: float) -> None:
 
 def test_llama3_scaling_stretches_long_waves_only() -> None:
     rope = GrugRopeConfig(theta=10_000.0, llama3_factor=8.0, original_max_seq_len=64)
-    plain, scaled = rotary_tables(GrugRopeConfig(), 64, 2), rotary_tables(rope, 64, 2)
+    plain, scaled = rotary_tables(GrugRopeConfig(), 64, jnp.arange(2)), rotary_tables(rope, 64, jnp.arange(2))
     angles = np.arcsin(plain[1][1]), np.arcsin(scaled[1][1])
     wavelength = 2 * np.pi / angles[0]
     short, long = wavelength < 64 / 4, wavelength > 64

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
-from levanter.grug.attention import AttentionMask
 
+from grug_native.attention import Mask
+from grug_native.language_model import logits, shard_parameters
 from grug_native.mesh import create_mesh
 from grug_native.model import Transformer
-from grug_native.sample import KVCache, extend, generate, on_one_device
-from tests.fixtures_run import SMALL_MODEL
-from tests.tolerance import assert_close, forward_terms
+from grug_native.sample import generate, on_one_device
+from tests.fixtures_run import SMALL_MODEL, llama
 
 PROMPT = [7, 250, 3, 99, 12]
 
@@ -26,20 +26,7 @@ def params() -> Transformer:
 
 @eqx.filter_jit
 def full_logits(params: Transformer, tokens: Array) -> Float[Array, "B S V"]:
-    return params.logits(tokens, AttentionMask.causal())
-
-
-@pytest.mark.parametrize("pieces", [[32], [5] + [1] * 27, [8, 3, 21]])
-def test_logits_equal_those_of_the_full_forward_pass(params: Transformer, pieces: list[int]) -> None:
-    tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 300)
-    cache = KVCache.empty(SMALL_MODEL, batch=2, length=32, dtype="float32")
-    read, start = eqx.filter_jit(extend), 0
-    found: list[Array] = []
-    for piece in pieces:
-        logits, cache = read(params, tokens[:, start : start + piece], jnp.asarray(start), cache)
-        found.append(logits)
-        start += piece
-    assert_close(jnp.concatenate(found, axis=1), full_logits(params, tokens), terms=forward_terms(SMALL_MODEL, 32))
+    return logits(params, tokens, Mask())
 
 
 def by_hand(params: Transformer, new: int) -> list[int]:
@@ -56,8 +43,6 @@ def test_temperature_0_takes_the_likeliest_token_of_the_full_forward_pass(params
 
 
 def test_a_mesh_changes_nothing(params: Transformer) -> None:
-    from grug_native.model import shard_parameters
-
     alone = generate(params, PROMPT, max_new_tokens=20, seed=3)
     mesh = create_mesh(4)
     with jax.set_mesh(mesh):
@@ -67,7 +52,7 @@ def test_a_mesh_changes_nothing(params: Transformer) -> None:
     assert generate(spread, PROMPT, max_new_tokens=20, seed=3) == alone
     local = on_one_device(spread)
     assert generate(local, PROMPT, max_new_tokens=20, seed=3) == alone
-    assert on_one_device(local).embed.unsafe_buffer_pointer() == local.embed.unsafe_buffer_pointer()
+    assert llama(on_one_device(local)).embed.unsafe_buffer_pointer() == llama(local).embed.unsafe_buffer_pointer()
 
 
 def test_the_seed_decides(params: Transformer) -> None:

@@ -12,7 +12,8 @@ from jaxtyping import Array
 from levanter.data.packing import pack_documents
 from levanter.grug.attention import AttentionMask
 
-from grug_native import scoring
+from grug_native import loss
+from grug_native.language_model import logits
 from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import Transformer
 from grug_native.sample import generate
@@ -51,7 +52,7 @@ def _requests(number: int) -> list[Request]:
 
 @jax.jit
 def _logits(params: Transformer, tokens: Array) -> Array:
-    return params.logits(tokens, AttentionMask.causal())
+    return logits(params, tokens, AttentionMask.causal())
 
 
 def _log_probabilities(params: Transformer, mesh: Mesh, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -103,8 +104,9 @@ def test_packed_scores_equal_one_request_at_a_time(scorer: Scorer) -> None:
 def test_scores_do_not_depend_on_how_they_are_computed(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = _requests(60)
     reference = scorer.score(requests)
-    # The logits of 16 positions of two rows at a time, on a mesh with tensor parallelism.
-    monkeypatch.setattr(scoring, "FULL_LOGITS_BYTES", 4 * 2 * 16 * VOCAB)
+    # The logits of 16 positions at a time, on a mesh with tensor parallelism.
+    monkeypatch.setattr(loss, "FULL_LOGITS_BYTES", 0)
+    monkeypatch.setattr(loss, "BLOCK_TOKENS", 16)
     cut = _scorer(4, MeshAxes(data=2, model=2))
     other = replace(cut, params=replace(cut.params, config=replace(MODEL, attention="reference"))).score(requests)
     wanted = pytest.approx([score.log_likelihood for score in reference], abs=TOLERANCE)

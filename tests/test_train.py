@@ -9,18 +9,20 @@ import pytest
 from levanter.data.text.examples import GrugLmExample
 
 from grug_native import train as train_module
+from grug_native.language_model import Aux, LanguageModel
 from grug_native.loss import next_token_loss
 from grug_native.mesh import MeshAxes, create_mesh
-from grug_native.model import Transformer
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig, GrugOptimizer
+from grug_native.schedule import ScheduleConfig
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig, StepMetrics, train_step
 from grug_native.types import LmBatch, Scalar
-from tests.fixtures_run import SMALL_MODEL, make_batch
+from tests.fixtures_run import SMALL_MODEL, llama, make_batch
 from tests.tolerance import assert_close, gradient_terms, loss_terms
 
 LOSS_TERMS, GRADIENT_TERMS = loss_terms(SMALL_MODEL, 128, 32), gradient_terms(SMALL_MODEL, 128, 32)
-OPTIMIZER = GrugOptimizer(GrugOptimizerConfig(learning_rate=0.01, warmup=0, epsilon=1e-3), 10)
+CONFIG = AdamWConfig(learning_rate=0.01, epsilon=1e-3, schedule=ScheduleConfig(warmup=0))
+OPTIMIZER = GrugOptimizer(CONFIG, 10)
 
 
 def init(*, ema: bool = False) -> GrugTrainState:
@@ -46,13 +48,13 @@ def test_golden_numbers() -> None:
 
 def test_a_step_is_gradient_update_and_norms() -> None:
     start, batch = init(), make_batch()
-    loss, grads = jax.value_and_grad(lambda p: next_token_loss(p, batch))(start.params)
+    loss, grads = jax.value_and_grad(lambda p: next_token_loss(p, batch)[0])(start.params)
     updates, _ = OPTIMIZER.update(grads, start.opt_state, start.params)
     params = optax.apply_updates(start.params, updates)
     state, metrics = train_step(OPTIMIZER, start, batch)
     # A small gradient is divided by AdamW's epsilon, and so is its rounding.
     amplified = 0.01 / 1e-3 * jnp.abs(grads.lm_head).max()
-    assert_close(state.params.lm_head, params.lm_head, terms=GRADIENT_TERMS, magnitude=amplified)
+    assert_close(llama(state.params).lm_head, llama(params).lm_head, terms=GRADIENT_TERMS, magnitude=amplified)
     expected = (loss, optax.global_norm(grads), optax.global_norm(updates), optax.global_norm(params), 0.01, 128)
     got = (
         metrics.loss,
@@ -71,8 +73,8 @@ def test_a_step_is_gradient_update_and_norms() -> None:
 def test_the_average_follows_the_parameters() -> None:
     first, _ = run(1, GrugStepConfig(ema_beta=0.75))
     assert first.ema_params is not None
-    expected = 0.75 * init().params.embed + 0.25 * first.params.embed
-    assert_close(first.ema_params.embed, expected, terms=3)
+    expected = 0.75 * llama(init().params).embed + 0.25 * llama(first.params).embed
+    assert_close(llama(first.ema_params).embed, expected, terms=3)
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -85,7 +87,7 @@ def test_the_state_is_donated_and_the_batch_is_not() -> None:
     state, batch = init(), make_batch()
     train_step(OPTIMIZER, state, batch)
     with pytest.raises(RuntimeError, match="deleted"):
-        np.asarray(state.params.embed)
+        np.asarray(llama(state.params).embed)
     np.asarray(batch.tokens)
 
 
@@ -106,7 +108,7 @@ def poisoned() -> GrugLmExample:
 def test_what_is_not_finite_is_told() -> None:
     state, metrics = train_step(OPTIMIZER, init(), poisoned())
     assert bool(metrics.nonfinite)
-    assert not jnp.isfinite(state.params.embed).all()
+    assert not jnp.isfinite(llama(state.params).embed).all()
 
 
 def test_skipping_leaves_the_state_but_for_its_step() -> None:
@@ -119,13 +121,13 @@ def test_skipping_leaves_the_state_but_for_its_step() -> None:
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(kept[:2]), strict=True):
         # Counters go on with the step, and the schedule with them.
         np.testing.assert_array_equal(a, b if np.issubdtype(b.dtype, np.floating) else b + 1)
-    assert state.ema_params is not None and bool(jnp.isfinite(state.ema_params.embed).all())
+    assert state.ema_params is not None and bool(jnp.isfinite(llama(state.ema_params).embed).all())
 
 
 def test_one_executable_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     traces: list[int] = []
 
-    def counted(params: Transformer, batch: LmBatch, **options: Any) -> Scalar:
+    def counted(params: LanguageModel, batch: LmBatch, **options: Any) -> tuple[Scalar, Aux]:
         traces.append(batch.tokens.shape[1])
         return next_token_loss(params, batch, **options)
 
@@ -133,7 +135,7 @@ def test_one_executable_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> No
     state = init()
     for step in range(4):
         # A new, equal optimizer and config are no new static arguments; only a new batch shape is.
-        again = GrugOptimizer(replace(OPTIMIZER.config), 10)
+        again = GrugOptimizer(replace(CONFIG), 10)
         batch = make_batch(step, seq_len=16 if step < 3 else 24)
         state, _ = train_step(again, state, batch, config=GrugStepConfig())
     assert traces == [16, 24]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from grug_native.model_config import GrugModelConfig
+from grug_native.model import GrugModelConfig
 
 
 def tolerance(terms: int, magnitude: ArrayLike = 1.0, dtype: str = "float32") -> float:
@@ -27,16 +27,18 @@ def tolerance(terms: int, magnitude: ArrayLike = 1.0, dtype: str = "float32") ->
     return 2 * float(jnp.finfo(dtype).eps) * terms**0.5 * float(np.abs(np.asarray(magnitude)).max())
 
 
-def assert_close(actual: ArrayLike, expected: ArrayLike, *, terms: int, magnitude: ArrayLike | None = None) -> None:
-    """Equal but for the rounding of f32 sums of so many terms; the largest number of `expected` gives their size."""
-    bound = tolerance(terms, expected if magnitude is None else magnitude)
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=bound)
+def assert_close(
+    actual: ArrayLike, expected: ArrayLike, *, terms: int, magnitude: ArrayLike | None = None, dtype: str = "float32"
+) -> None:
+    """Equal but for the rounding of sums of so many terms; the largest number of `expected` gives their size."""
+    bound = tolerance(terms, expected if magnitude is None else magnitude, dtype)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), np.asarray(expected, np.float64), rtol=0, atol=bound)
 
 
-def assert_trees_close(actual: object, expected: object, *, terms: int) -> None:
+def assert_trees_close(actual: object, expected: object, *, terms: int, dtype: str = "float32") -> None:
     """`assert_close` leaf by leaf, each by its own size."""
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(ours, theirs, terms=terms)
+        assert_close(ours, theirs, terms=terms, dtype=dtype)
 
 
 def forward_terms(config: GrugModelConfig, seq_len: int) -> int:

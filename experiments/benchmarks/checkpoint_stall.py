@@ -25,8 +25,8 @@ from rich.table import Table
 from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
 from grug_native.checkpoint_metadata import RunIdentity
 from grug_native.mesh import BATCH_AXES, create_mesh
-from grug_native.model_config import MODEL_PRESETS
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.model import MODEL_PRESETS
+from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import train_step
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps a window; must outlast a save in the background")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args(argv)
-    optimizer = GrugOptimizer(GrugOptimizerConfig(), NUM_STEPS)
+    optimizer = GrugOptimizer(AdamWConfig(), NUM_STEPS)
     identity = RunIdentity("stall", {}, data_fingerprint="random", tokenizer_digest="none", mesh={})
     plain: list[Window] = []
     saved: list[Window] = []

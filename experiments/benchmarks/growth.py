@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
-from grug_native import GrugModelConfig, GrugOptimizer, GrugOptimizerConfig
+from grug_native import AdamWConfig, GrugModelConfig, GrugOptimizer
 from grug_native.mesh import batch_sharding, create_mesh
 from grug_native.metrics import flops_per_token
 from grug_native.state import init_train_state
@@ -62,7 +62,7 @@ def make_step(shape: Shape) -> Callable[[], float]:
     from levanter.data.text.examples import GrugLmExample
     from levanter.grug.attention import AttentionMask
 
-    mesh, optimizer = create_mesh(shape.batch), GrugOptimizer(GrugOptimizerConfig(), 10_000)
+    mesh, optimizer = create_mesh(shape.batch), GrugOptimizer(AdamWConfig(), 10_000)
     tokens = jax.random.randint(jax.random.key(1), (shape.batch, shape.sequence), 0, shape.model.vocab_size)
     weight = jnp.tile((jnp.arange(shape.sequence) < shape.sequence - 1).astype(jnp.float32), (shape.batch, 1))
     with jax.set_mesh(mesh):

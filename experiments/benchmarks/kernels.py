@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,10 +27,11 @@ from experiments.benchmarks.peers import ours
 from experiments.benchmarks.peers.shapes import SHAPES, Shape
 from experiments.benchmarks.peers.summary import spread
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
-from grug_native.loss import ComputeDtype, next_token_loss
+from grug_native.language_model import Aux, LanguageModel
+from grug_native.layers import to_logits
+from grug_native.loss import ComputeDtype, CrossEntropyName, next_token_loss
 from grug_native.mesh import use_cpu_devices
-from grug_native.model import Transformer
-from grug_native.model_config import CrossEntropyName, GrugModelConfig
+from grug_native.model import GrugModelConfig
 from grug_native.process import prepare_process
 from grug_native.types import AttentionMask
 
@@ -58,13 +59,17 @@ class Kernel:
 class Head(eqx.Module):
     """What `next_token_loss` asks of a model, with hidden states that are there already."""
 
-    hidden: Float[Array, "B S D"]
+    states: Float[Array, "B S D"]
     lm_head: Float[Array, "D V"]
     config: GrugModelConfig = eqx.field(static=True)
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S D"]:
+    def hidden(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> tuple[Float[Array, "B S D"], Aux, None]:
         """The hidden states."""
-        return self.hidden
+        return self.states, Aux(), None
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The products of a `Transformer`."""
+        return to_logits(hidden, self.lm_head)
 
 
 def attention_kernels(shape: Shape, dtype: ComputeDtype) -> Iterator[Kernel]:
@@ -106,11 +111,12 @@ def cross_entropy_kernels(shape: Shape, dtype: ComputeDtype) -> Iterator[Kernel]
     tokens = jax.random.randint(keys[2], (shape.batch_size, shape.seq_len), 0, shape.vocab_size)
     batch = ours.Batch(tokens, jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0))
     operations = 2.0 * shape.tokens * shape.hidden_dim * shape.vocab_size
+    config = ours.model_config(shape)
     for name in CROSS_ENTROPY_NAMES:
-        config = replace(ours.model_config(shape), cross_entropy=name)
 
-        def loss(hidden: Array, head: Array, batch: ours.Batch, config: GrugModelConfig = config) -> Array:
-            return next_token_loss(cast(Transformer, Head(hidden, head, config)), batch, compute_dtype=dtype)
+        def loss(hidden: Array, head: Array, batch: ours.Batch, name: CrossEntropyName = name) -> Array:
+            model = cast(LanguageModel, Head(hidden, head, config))
+            return next_token_loss(model, batch, compute_dtype=dtype, cross_entropy=name)[0]
 
         yield Kernel(f"cross-entropy {name}, forward", partial(jax.jit(loss), hidden, head, batch), operations)
         both = partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), hidden, head, batch)

@@ -17,14 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from grug_native import (
+    AdamWConfig,
     GrugEvalConfig,
     GrugModelConfig,
     GrugNativeRunConfig,
-    GrugOptimizerConfig,
     GrugTrainerConfig,
 )
 from grug_native.corpus import embedded_corpus
-from grug_native.model_config import MODEL_PRESETS
+from grug_native.model import MODEL_PRESETS
 
 SHAPES: dict[str, tuple[GrugModelConfig, int]] = {
     "tiny": (MODEL_PRESETS["tiny"], 16),
@@ -69,7 +69,7 @@ def make_run(
     return GrugNativeRunConfig(
         model=model,
         data=embedded_corpus(cache_dir, vocab_size=model.vocab_size),
-        optimizer=GrugOptimizerConfig(),
+        optimizer=AdamWConfig(),
         trainer=GrugTrainerConfig(
             num_train_steps=10_000,
             train_batch_size=batch_size,

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
-from grug_native import GrugModelConfig, GrugNativeRunConfig, GrugOptimizerConfig, GrugRunner, GrugTrainerConfig
+from grug_native import AdamWConfig, GrugModelConfig, GrugNativeRunConfig, GrugRunner, GrugTrainerConfig
 from grug_native.corpus import embedded_corpus
-from grug_native.optimizer import OptimizerName
+from grug_native.optimizer import MuonConfig
 from grug_native.plot import write_picture
+from grug_native.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -74,11 +75,11 @@ class Study:
     """Of the parameters and of the data's order; the sweeps take the first."""
     muon_lengths: tuple[float, ...] = (1.1, 1.2, 1.4, 1.6, 1.8, 2.0)
     """How many times fewer steps than AdamW's Muon may be tried with, ascending."""
-    rates: Mapping[OptimizerName, tuple[float, ...]] = field(
+    rates: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (25e-4, 5e-3, 1e-2, 2e-2)}
     )
     """Learning rates of the sweeps, ascending by factors of two; where the best is at an end, the next one is added."""
-    others: Mapping[OptimizerName, Mapping[str, tuple[float, ...]]] = field(
+    others: Mapping[str, Mapping[str, tuple[float, ...]]] = field(
         default_factory=lambda: {
             "adamw": {"weight_decay": (0.0, 0.3), "beta2": (0.98,), "min_lr_ratio": (0.0,), "warmup": (0.2,)},
             "muon": {"momentum": (0.9,), "min_lr_ratio": (0.0,), "warmup": (0.2,)},
@@ -92,11 +93,28 @@ class Study:
 class Trial:
     """What sets a run apart."""
 
-    optimizer: GrugOptimizerConfig
+    optimizer: AdamWConfig | MuonConfig
     steps: int
     """Updates, to the end of its schedule."""
     seed: int
     """Of the parameters and of the data's order."""
+
+    @property
+    def name(self) -> str:
+        """Of the optimizer."""
+        return _name_of(self.optimizer)
+
+
+def _name_of(optimizer: AdamWConfig | MuonConfig) -> str:
+    return "muon" if isinstance(optimizer, MuonConfig) else "adamw"
+
+
+def changed[Config: AdamWConfig | MuonConfig](optimizer: Config, name: str, value: float) -> Config:
+    """The optimizer with another number, or one of its schedule."""
+    change: dict[str, Any] = {name: value}
+    if name in {item.name for item in fields(ScheduleConfig)}:
+        change = {"schedule": replace(optimizer.schedule, **change)}
+    return replace(optimizer, **change)
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class Bench:
         return build_tagged_evaluator(
             build_eval_sets(self.data, model.max_seq_len, model.vocab_size),
             batch_size=study.eval_batch_size,
-            mesh=self.runner(Trial(GrugOptimizerConfig(), study.steps, 0)).mesh,
+            mesh=self.runner(Trial(AdamWConfig(), study.steps, 0)).mesh,
             vocab_size=model.vocab_size,
             tokenizer=self.data.the_tokenizer,
             max_batches=study.eval_batches,
@@ -239,7 +257,7 @@ def run_row(study: Study, trial: Trial, outcome: Outcome) -> str:
 
 
 def tune(
-    bench: Bench, study: Study, start: GrugOptimizerConfig, others: Mapping[str, Sequence[float]]
+    bench: Bench, study: Study, start: AdamWConfig | MuonConfig, others: Mapping[str, Sequence[float]]
 ) -> tuple[Trial, dict[Trial, float]]:
     """Finds an optimizer's best settings.
 
@@ -254,33 +272,31 @@ def tune(
     """
     ends: dict[Trial, float] = {}
 
-    def end(optimizer: GrugOptimizerConfig) -> float:
+    def end(optimizer: AdamWConfig | MuonConfig) -> float:
         trial = Trial(optimizer, study.steps, study.seeds[0])
         ends[trial] = bench.run(trial).final
         return ends[trial]
 
-    rates = {rate: end(replace(start, learning_rate=rate)) for rate in study.rates[start.kind]}
+    rates = {rate: end(replace(start, learning_rate=rate)) for rate in study.rates[_name_of(start)]}
     while (best := min(rates, key=lambda rate: rates[rate])) in (min(rates), max(rates)):
         rate = best / 2 if best == min(rates) else 2 * best
         rates[rate] = end(replace(start, learning_rate=rate))
     chosen = replace(start, learning_rate=best)
     for name, values in others.items():
         for value in values:
-            change: dict[str, Any] = {name: value}
-            if end(replace(chosen, **change)) < end(chosen):
-                chosen = replace(chosen, **change)
+            if end(changed(chosen, name, value)) < end(chosen):
+                chosen = changed(chosen, name, value)
     # With other numbers, another rate may be best; what AdamW updates depends on it most.
-    chosen = climb(chosen, "learning_rate" if start.kind == "adamw" else "adam_learning_rate", end)
+    chosen = climb(chosen, "learning_rate" if isinstance(start, AdamWConfig) else "adam_learning_rate", end)
     return Trial(chosen, study.steps, study.seeds[0]), ends
 
 
-def climb(start: GrugOptimizerConfig, name: str, end: Callable[[GrugOptimizerConfig], float]) -> GrugOptimizerConfig:
+def climb[Config: AdamWConfig | MuonConfig](start: Config, name: str, end: Callable[[Config], float]) -> Config:
     """Doubles a rate for as long as that helps; if it never does, halves it likewise."""
     for factor in (2.0, 0.5):
         best, tried = start, start
         while tried is best:
-            change: dict[str, Any] = {name: factor * getattr(best, name)}
-            tried = replace(best, **change)
+            tried = changed(best, name, factor * getattr(best, name))
             if end(tried) < end(best):
                 best = tried
         if best is not start:
@@ -374,19 +390,19 @@ def measure_cost(bench: Bench, trials: Iterable[Trial], *, rounds: int, steps: i
 
         return lambda: 1e3 * seconds_of(train) / steps
 
-    contenders = {trial.optimizer.kind: contender(trial) for trial in trials}
+    contenders = {trial.name: contender(trial) for trial in trials}
     interleave(contenders, 1)  # compiles
     return interleave(contenders, rounds)
 
 
-def draw(comparison: Comparison, sweeps: Mapping[OptimizerName, Mapping[float, float]]) -> "Figure":
+def draw(comparison: Comparison, sweeps: Mapping[str, Mapping[float, float]]) -> "Figure":
     """The sweeps of the learning rate, the curves at equal tokens, and the ends of schedules of each length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=80)
     left, middle, right = figure.subplots(1, 3)
-    colours: dict[OptimizerName, str] = {"adamw": "#4269d0", "muon": "#ff725c"}
-    ends: dict[OptimizerName, Mapping[int, Sequence[Outcome]]] = {
+    colours: dict[str, str] = {"adamw": "#4269d0", "muon": "#ff725c"}
+    ends: dict[str, Mapping[int, Sequence[Outcome]]] = {
         "adamw": {comparison.steps: comparison.adamw},
         "muon": comparison.muon,
     }
@@ -422,11 +438,11 @@ def main(argv: Sequence[str] | None = None, study: Study = Study()) -> None:
     parser.add_argument("--plot", type=Path, help="file for the picture")
     arguments = parser.parse_args(argv)
     bench = Bench(study, arguments.runs, arguments.cache_dir, arguments.most)
-    start = GrugOptimizerConfig(warmup=0.1)
+    start = AdamWConfig(schedule=ScheduleConfig(warmup=0.1))
     try:
         adamw, adamw_trials = tune(bench, study, start, study.others["adamw"])
         rate = adamw.optimizer.learning_rate
-        muon_start = replace(start, kind="muon", adam_learning_rate=rate)
+        muon_start = MuonConfig(schedule=start.schedule, adam_learning_rate=rate)
         muon, muon_trials = tune(
             bench, study, muon_start, {"adam_learning_rate": (rate / 2, 2 * rate), **study.others["muon"]}
         )
@@ -454,26 +470,26 @@ def main(argv: Sequence[str] | None = None, study: Study = Study()) -> None:
     if arguments.json is not None:
         found = {
             "study": _common(study),
-            "chosen": {trial.optimizer.kind: _own(trial) for trial in (adamw, muon)},
+            "chosen": {trial.name: _own(trial) for trial in (adamw, muon)},
             "trials": [{"trial": _own(trial), "bits per byte": bpb} for trial, bpb in trials.items()],
             "curves": asdict(comparison),
         }
         write_numbers(arguments.json, {"numbers": numbers} | found)
     if arguments.plot is not None:
-        sweeps: dict[OptimizerName, Mapping[float, float]] = {
+        sweeps: dict[str, Mapping[float, float]] = {
             "adamw": _sweep(start, trials),
             "muon": _sweep(muon_start, trials),
         }
         write_picture(draw(comparison, sweeps), arguments.plot)
 
 
-def _sweep(start: GrugOptimizerConfig, ends: Mapping[Trial, float]) -> dict[float, float]:
+def _sweep(start: AdamWConfig | MuonConfig, ends: Mapping[Trial, float]) -> dict[float, float]:
     """Learning rates and ends of the trials that differ from `start` in nothing else."""
     rates = {trial.optimizer.learning_rate: end for trial, end in ends.items() if _only_rate(trial.optimizer, start)}
     return dict(sorted(rates.items()))
 
 
-def _only_rate(one: GrugOptimizerConfig, other: GrugOptimizerConfig) -> bool:
+def _only_rate(one: AdamWConfig | MuonConfig, other: AdamWConfig | MuonConfig) -> bool:
     return replace(one, learning_rate=other.learning_rate) == other
 
 
@@ -484,7 +500,7 @@ def _common(study: Study) -> dict[str, Any]:
 
 
 def _own(trial: Trial) -> dict[str, Any]:
-    return asdict(trial)
+    return asdict(trial) | {"optimizer": {"type": trial.name} | asdict(trial.optimizer)}
 
 
 def _name(study: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
@@ -493,10 +509,10 @@ def _name(study: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
 
 def _label(trial: Trial) -> str:
     """The settings that are not the default ones."""
-    default, own = GrugOptimizerConfig(), trial.optimizer
-    names = [item.name for item in fields(own) if getattr(own, item.name) != getattr(default, item.name)]
-    settings = ", ".join(f"{name}={getattr(own, name):.4g}" for name in names if name != "kind")
-    return f"{own.kind} {settings}; {trial.steps} steps, seed {trial.seed}"
+    own, default = asdict(trial.optimizer), asdict(type(trial.optimizer)())
+    numbers, usual = own | own.pop("schedule"), default | default.pop("schedule")
+    settings = ", ".join(f"{name}={value:.4g}" for name, value in numbers.items() if value != usual[name])
+    return f"{trial.name} {settings}; {trial.steps} steps, seed {trial.seed}"
 
 
 if __name__ == "__main__":

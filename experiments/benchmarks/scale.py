@@ -25,10 +25,10 @@ from rich.table import Table
 from experiments.benchmarks.hlo import Collective, read_program
 from experiments.speedrun.grugformer_20260129.grugformer_speedrun import SIZES, build_run
 from grug_native import GrugNativeRunConfig, GrugRunner
-from grug_native.debug import lower_step
+from grug_native.layers import RematName
 from grug_native.mesh import create_mesh, use_cpu_devices
 from grug_native.metrics import abstract_parameters, flops_per_token, parameter_counts
-from grug_native.model_config import GrugModelConfig, RematName
+from grug_native.model import GrugModelConfig, Transformer
 from grug_native.parts import RunParts
 from grug_native.types import Device
 
@@ -98,6 +98,7 @@ def check_collectives(collectives: Iterable[Collective], model: GrugModelConfig)
 def _weights(model: GrugModelConfig) -> Counter[tuple[int, ...]]:
     """How many weights there are of each shape, layer by layer; a shape and its transpose are one, norms are none."""
     params = abstract_parameters(model)
+    assert isinstance(params, Transformer)
     blocks = [leaf.shape[1:] for leaf in jax.tree.leaves(params.blocks)] * model.num_layers
     return Counter(_sorted(shape) for shape in (params.embed.shape, params.lm_head.shape, *blocks) if len(shape) > 1)
 
@@ -121,8 +122,9 @@ def report(config: GrugNativeRunConfig, devices: Sequence[Device]) -> ScaleRepor
     """
     parts = RunParts(config, GrugRunner(config).optimizer)
     batch, model = config.trainer.batch_size_at(0), config.model
+    assert isinstance(model, GrugModelConfig)
     parts.mesh = create_mesh(batch, config.trainer.mesh, devices=devices)
-    compiled = lower_step(parts).compile()
+    compiled = parts.compiled_step().executable
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     program = read_program(text)
@@ -154,7 +156,7 @@ def _recomputed_flops(model: GrugModelConfig, seq_len: int) -> float:
     attention = 4.0 * model.num_layers * model.num_heads * model.features_per_head * seq_len
     last = model.num_layers * model.intermediate_dim * model.hidden_dim
     counts = parameter_counts(model)
-    matrices = 2.0 * (counts["attention"] + counts["mlp"] - last)
+    matrices = 2.0 * (counts["blocks.attn"] + counts["blocks.mlp"] - last)
     return {"none": 0.0, "dots": attention, "full": attention + matrices}[model.remat]
 
 
@@ -172,6 +174,8 @@ def report_on(devices: int, size: str, layers: int | None, remat: RematName | No
     use_cpu_devices(devices)
     config = build_run(size, data=LmDataConfig())
     # Attention over the whole square, which the count of operations knows; kernels skip the masked half.
+    assert isinstance(config.model, GrugModelConfig)
+    assert isinstance(config.model, GrugModelConfig)
     model = replace(config.model, attention="reference", scan_layers=True, remat=remat or "dots")
     model = replace(model, num_layers=layers or model.num_layers)
     batch = max(config.trainer.batch_size_at(0), devices)

@@ -7,31 +7,42 @@ if TYPE_CHECKING:
     from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
     from grug_native.corpus import embedded_corpus, local_text_data
     from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+    from grug_native.language_model import Aux, FlopsPerToken, LanguageModel, shard_parameters, weight
+    from grug_native.levanter_optimizer import LevanterOptimizer
     from grug_native.mesh import MeshAxes, create_mesh
-    from grug_native.model import Transformer
-    from grug_native.model_config import MODEL_PRESETS, GrugModelConfig
-    from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+    from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
+    from grug_native.muon import per_matrix
+    from grug_native.optimizer import AdamWConfig, GroupConfig, GrugOptimizer, LionConfig, MuonConfig
     from grug_native.rotary import GrugRopeConfig
     from grug_native.run_plan import RunPlan
     from grug_native.runner import GrugRunner, run_grug_native
+    from grug_native.schedule import ScheduleConfig
     from grug_native.state import GrugTrainState, init_train_state
     from grug_native.train import GrugStepConfig, StepMetrics, train_step
 
 __all__ = [
     "MODEL_PRESETS",
+    "AdamWConfig",
+    "Aux",
+    "FlopsPerToken",
+    "GroupConfig",
     "GrugEvalConfig",
     "GrugHarnessConfig",
     "GrugModelConfig",
     "GrugNativeRunConfig",
     "GrugOptimizer",
-    "GrugOptimizerConfig",
     "GrugRopeConfig",
     "GrugRunner",
     "GrugStepConfig",
     "GrugTrainState",
     "GrugTrainerConfig",
+    "LanguageModel",
+    "LevanterOptimizer",
+    "LionConfig",
     "MeshAxes",
+    "MuonConfig",
     "RunPlan",
+    "ScheduleConfig",
     "StepMetrics",
     "Transformer",
     "create_mesh",
@@ -39,9 +50,12 @@ __all__ = [
     "init_train_state",
     "load_config",
     "local_text_data",
+    "per_matrix",
     "run_grug_native",
     "save_config",
+    "shard_parameters",
     "train_step",
+    "weight",
 ]
 
 _MODULES = {
@@ -49,9 +63,12 @@ _MODULES = {
     "corpus": ("embedded_corpus", "local_text_data"),
     "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
     "mesh": ("MeshAxes", "create_mesh"),
-    "model": ("Transformer",),
-    "model_config": ("MODEL_PRESETS", "GrugModelConfig"),
-    "optimizer": ("GrugOptimizer", "GrugOptimizerConfig"),
+    "language_model": ("Aux", "FlopsPerToken", "LanguageModel", "shard_parameters", "weight"),
+    "levanter_optimizer": ("LevanterOptimizer",),
+    "model": ("MODEL_PRESETS", "GrugModelConfig", "Transformer"),
+    "muon": ("per_matrix",),
+    "optimizer": ("AdamWConfig", "GroupConfig", "GrugOptimizer", "LionConfig", "MuonConfig"),
+    "schedule": ("ScheduleConfig",),
     "rotary": ("GrugRopeConfig",),
     "run_plan": ("RunPlan",),
     "runner": ("GrugRunner", "run_grug_native"),

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from grug_native.backend import Backend, current_backend
+from grug_native.choices import note_choice
 from grug_native.cudnn import PackedRows, causal_attention, masked_attention, pack_rows, packed_attention
 from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, out_sharding
 from grug_native.types import AttentionMask
@@ -121,17 +122,22 @@ def takes_packed_rows(shape: AttentionShape, backend: Backend) -> bool:
     return shape.packed and shape.causal and not shape.window and hopper
 
 
-class PackedMask(eqx.Module):
-    """A causal mask of documents, with what cuDNN has to know of them, worked out once for all layers."""
+class Mask(eqx.Module):
+    """A causal mask as levanter's, for whoever does without levanter, and with what a kernel wants to know of it."""
 
-    segment_ids: tuple[Int[Array, "B S"], Int[Array, "B S"]]
+    segment_ids: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None
     """As in `AttentionMask`."""
-    rows: PackedRows
-    """Where the documents are."""
+    rows: PackedRows | None = None
+    """Where the documents are, worked out once for all layers."""
     is_causal: bool = eqx.field(static=True, default=True)
     """As in `AttentionMask`."""
     sliding_window: int | None = eqx.field(static=True, default=None)
     """As in `AttentionMask`."""
+
+
+def with_window(mask: AttentionMask, window: int) -> Mask:
+    """The mask of a layer in which a query sees only so many positions, itself included."""
+    return Mask(segment_ids=mask.segment_ids, is_causal=mask.is_causal, sliding_window=window)
 
 
 def prepare_mask(
@@ -139,10 +145,11 @@ def prepare_mask(
 ) -> AttentionMask:
     """The same mask, with what the implementation wants to know of it; to be called once, outside of the layers."""
     shape, backend = _shape(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype), current_backend()
-    name, _ = choose_attention(implementation, shape, backend)
+    name, reason = choose_attention(implementation, shape, backend)
+    note_choice("attention", name, reason)
     if name != "cudnn" or not takes_packed_rows(shape, backend) or mask.segment_ids is None:
         return mask
-    return PackedMask(mask.segment_ids, pack_rows(mask.segment_ids[0]))
+    return Mask(mask.segment_ids, pack_rows(mask.segment_ids[0]))
 
 
 def _shape(mask: AttentionMask, *, seq_len: int, head_dim: int, dtype: str) -> AttentionShape:
@@ -156,29 +163,43 @@ def _shape(mask: AttentionMask, *, seq_len: int, head_dim: int, dtype: str) -> A
     )
 
 
-def dense_mask(mask: AttentionMask, queries: range, keys: range) -> Bool[Array, "#B Q K"]:
-    """The mask of some positions as booleans, True where attention is allowed; one row where there are no segment ids.
+def visible(
+    mask: AttentionMask,
+    queries: Int[Array, " Q"],
+    keys: Int[Array, " K"],
+    segment_ids: tuple[Int[Array, "B Q"], Int[Array, "B K"]] | None,
+) -> Bool[Array, "#B Q K"]:
+    """A mask as booleans, True where attention is allowed; one row where there are no segment ids.
 
     Args:
-        mask: who may attend to whom.
+        mask: causality and window.
         queries: positions of the queries.
         keys: positions of the keys.
+        segment_ids: documents of both.
     """
-    query, key = jnp.arange(queries.start, queries.stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
-    allowed = jnp.ones((len(queries), len(keys)), bool)
+    query, key = queries[:, None], keys[None, :]
+    allowed = jnp.ones((queries.size, keys.size), bool)
     if mask.is_causal:
         allowed &= key <= query
     if mask.sliding_window is not None:
         allowed &= key > query - mask.sliding_window
-    if mask.segment_ids is None:
+    if segment_ids is None:
         return allowed[None]
-    q_segments, k_segments = mask.segment_ids
-    q_segments, k_segments = q_segments[:, queries.start : queries.stop], k_segments[:, keys.start : keys.stop]
-    return allowed & (q_segments[:, :, None] == k_segments[:, None, :])
+    return allowed & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])
 
 
-def reference_attention(
-    q: Float[Array, "B S H E"], k: Float[Array, "B S N E"], v: Float[Array, "B S N E"], mask: AttentionMask
+def dense_mask(mask: AttentionMask, queries: range, keys: range) -> Bool[Array, "#B Q K"]:
+    """`visible` of some positions of a sequence."""
+    segment_ids = mask.segment_ids
+    if segment_ids is not None:
+        own, other = segment_ids
+        segment_ids = own[:, queries.start : queries.stop], other[:, keys.start : keys.stop]
+    query, key = (jnp.arange(these.start, these.stop) for these in (queries, keys))
+    return visible(mask, query, key, segment_ids)
+
+
+def attend(
+    q: Float[Array, "B S H E"], k: Float[Array, "B K N E"], v: Float[Array, "B K N E"], seen: Bool[Array, "#B S K"]
 ) -> Float[Array, "B S H E"]:
     """Softmax attention with grouped query heads, scores and softmax in f32.
 
@@ -186,12 +207,18 @@ def reference_attention(
         Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries.
     """
     grouped = _group_heads(q, k.shape[2])
-    positions = range(q.shape[1])
     scores = jnp.einsum("bsnge,bkne->bngsk", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(dense_mask(mask, positions, positions)[:, None, None], scores, _HIDDEN)
+    scores = jnp.where(seen[:, None, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    context = jnp.einsum("bngsk,bkne->bsnge", weights, v)
-    return _merge_groups(context)
+    return _merge_groups(jnp.einsum("bngsk,bkne->bsnge", weights, v))
+
+
+def reference_attention(
+    q: Float[Array, "B S H E"], k: Float[Array, "B S N E"], v: Float[Array, "B S N E"], mask: AttentionMask
+) -> Float[Array, "B S H E"]:
+    """`attend` with all scores in memory at once."""
+    positions = range(q.shape[1])
+    return attend(q, k, v, dense_mask(mask, positions, positions))
 
 
 def blocked_attention(
@@ -243,7 +270,7 @@ def _merge_groups(context: Float[Array, "B S N G E"]) -> Float[Array, "B S H E"]
 def _cudnn_attention(
     q: Float[Array, "B S H E"], k: Float[Array, "B S N E"], v: Float[Array, "B S N E"], mask: AttentionMask
 ) -> Float[Array, "B S H E"]:
-    if isinstance(mask, PackedMask):
+    if isinstance(mask, Mask) and mask.rows is not None and mask.segment_ids is not None:
         return _per_shard(packed_attention, q, k, v, mask.segment_ids[0], mask.rows)
     if mask.segment_ids is None and mask.is_causal:
         return _per_shard(partial(causal_attention, window=mask.sliding_window), q, k, v)
@@ -293,7 +320,7 @@ def attention(
     if name == "blocked":
         return blocked_attention(q, k, v, mask)
     if name == "cudnn":
-        if not isinstance(mask, PackedMask):
+        if not (isinstance(mask, Mask) and mask.rows is not None):
             mask = prepare_mask(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype, implementation=implementation)
         return _cudnn_attention(q, k, v, mask)
     from levanter.grug import attention as levanter_attention

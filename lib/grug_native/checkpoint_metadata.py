@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, override
 
 from grug_native.data_record import DataRecord, explain_change
+from grug_native.old_configs import upgraded
 from grug_native.run_folder import fsync
 from grug_native.shell import offer
 
@@ -314,7 +315,7 @@ def _identity_differences(metadata: CheckpointMetadata, identity: RunIdentity) -
         of_data = name == "data_fingerprint"
         note = explain_change(identity.known_data.get(stored), identity.data) if of_data else ""
         yield Difference(name, stored[:_SHOWN_DIGITS], wanted[:_SHOWN_DIGITS], note)
-    yield from config_differences(metadata.config, identity.config)
+    yield from config_differences(upgraded(metadata.config), identity.config)
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:

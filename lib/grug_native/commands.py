@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from rich.console import Console
@@ -25,8 +25,8 @@ from grug_native.config import (
     with_overrides,
 )
 from grug_native.config_check import check_data
+from grug_native.language_model import LanguageModel, abstract_parameters, axis_sizes
 from grug_native.mesh import MeshAxes
-from grug_native.model import Transformer
 from grug_native.parts import RunParts
 from grug_native.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined
 from grug_native.runner import GrugRunner
@@ -182,7 +182,7 @@ def _has_begun(raw: Mapping[str, Any]) -> bool:
     return bool(committed_steps(folder) or quarantined(folder))
 
 
-def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, Transformer]:
+def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, LanguageModel]:
     """A run's parts, and what one of its checkpoints holds; folder and devices may be others than it trained with."""
     from grug_native.progress import configure_logging
     from grug_native.saving import load_parameters
@@ -199,7 +199,7 @@ def _on_these_devices(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
     devices, asked = jax.device_count(), trainer.mesh.model
     model = asked if asked > 0 and devices % asked == 0 else 1
     shards = devices // model
-    data = math.gcd(config.model.hidden_dim, shards)  # The parameters are split over this axis.
+    data = math.gcd(*axis_sizes(abstract_parameters(config.model), "data"), shards)
 
     def rounded_up(size: int) -> int:
         return -(-size // shards) * shards
@@ -209,10 +209,11 @@ def _on_these_devices(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
     batch = rounded_up(evaluation.eval_batch_size or trainer.batch_size_at(0))
     mesh = MeshAxes(replica_dcn=shards // data, data=data, model=model)
     backend = jax.default_backend()
-    elsewhere = WANTED_BACKEND.get(config.model.attention, backend) != backend
+    # A kernel that a model of ours, or one built like it, was told to take and that is not to be had here.
+    elsewhere = WANTED_BACKEND.get(getattr(config.model, "attention", "auto"), backend) != backend
     return replace(
         config,
-        model=replace(config.model, attention="auto") if elsewhere else config.model,
+        model=replace(cast(Any, config.model), attention="auto") if elsewhere else config.model,
         trainer=replace(trainer, mesh=mesh, train_batch_size=batch),
         eval=replace(evaluation, eval_batch_size=batch, harness=harness),
     )

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, override
 
@@ -13,10 +14,13 @@ import equinox as eqx
 import yaml
 
 from grug_native.config_check import check_data, checked, decode, no_mapping, read_value
+from grug_native.config_types import decode_named, encode_named, shared_fields
 from grug_native.eval_config import GrugEvalConfig
+from grug_native.language_model import ModelConfig
+from grug_native.loss import CrossEntropyName
 from grug_native.mesh import MeshAxes
-from grug_native.model_config import GrugModelConfig
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.old_configs import upgraded
+from grug_native.optimizer import OptimizerConfig
 from grug_native.profile import profile_window
 from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
 from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
@@ -56,10 +60,14 @@ class GrugTrainerConfig:
     """Weight of the squared log-partition in the loss."""
     compute_dtype: ComputeDtypeName = "auto"
     """Dtype of the forward and backward pass; parameters and optimizer state are f32."""
+    cross_entropy: CrossEntropyName = "auto"
+    """Cross-entropy kernel, by name."""
     mesh: MeshAxes = MeshAxes()
     """Sizes of the mesh axes, in devices."""
     log_every: int = 1
     """Steps from one logged step to the next."""
+    watch_every: int | None = None
+    """Steps from one that logs norms of each layer's gradients, parameters and updates to the next; None logs none."""
     prefetch: int = 4
     """Batches kept ready on the devices."""
     steps_per_checkpoint: int | None = None
@@ -84,8 +92,8 @@ class GrugTrainerConfig:
     """levanter's tracker configs (wandb, tensorboard, ...); `metrics.jsonl` is written in any case."""
 
     def __post_init__(self) -> None:
-        for name in ("num_train_steps", "log_every", "prefetch", "keep_last_checkpoints"):
-            if getattr(self, name) <= 0:
+        for name in ("num_train_steps", "log_every", "watch_every", "prefetch", "keep_last_checkpoints"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
         check_seed("trainer.seed", self.seed)
         if self.data_seed is not None:
@@ -100,7 +108,11 @@ class GrugTrainerConfig:
             raise ValueError(f"trainer.ema_beta={self.ema_beta} must lie in [0, 1), or be null for no moving average")
         if self.z_loss_weight < 0:
             raise ValueError(f"trainer.z_loss_weight={self.z_loss_weight} must not be negative")
-        for name, known in (("compute_dtype", get_args(ComputeDtypeName)), ("nonfinite", get_args(NonFinitePolicy))):
+        for name, known in (
+            ("compute_dtype", get_args(ComputeDtypeName)),
+            ("cross_entropy", get_args(CrossEntropyName)),
+            ("nonfinite", get_args(NonFinitePolicy)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"trainer.{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
         profile_window(self.profile, self.num_train_steps)
@@ -135,12 +147,12 @@ class GrugTrainerConfig:
 class GrugNativeRunConfig:
     """Everything that a run is made of. Fed back from a run's `config.yaml`, it makes the same run again."""
 
-    model: GrugModelConfig
-    """Shape and kernels of the model."""
+    model: ModelConfig
+    """Shape and kernels of the model: `GrugModelConfig`, or in a file `type: package.module:Class` and its fields."""
     data: LmDataConfig
     """levanter's data config: components, mixture weights, tokenizer, caches."""
-    optimizer: GrugOptimizerConfig
-    """Optimizer and schedule."""
+    optimizer: OptimizerConfig
+    """Optimizer and schedule: in a file `type: adamw`, `muon`, `lion`, `levanter` or `package.module:Class`."""
     trainer: GrugTrainerConfig
     """Steps, batches, mesh, checkpoints, trackers."""
     eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
@@ -178,7 +190,6 @@ COSMETIC_FIELDS = (
     "eval",
     "data",
     "model.attention",
-    "model.cross_entropy",
     "model.remat",
     "model.scan_layers",
     *(
@@ -186,6 +197,8 @@ COSMETIC_FIELDS = (
         for name in (
             "mesh",
             "log_every",
+            "watch_every",
+            "cross_entropy",
             "prefetch",
             "steps_per_checkpoint",
             "minutes_per_temporary_checkpoint",
@@ -208,17 +221,13 @@ COSMETIC_FIELDS = (
 def config_to_dict(config: GrugNativeRunConfig) -> dict[str, Any]:
     """The config as plain JSON data; a `ValueError` if a URL in it holds a password, as this is written to disk."""
     sections: dict[str, Any] = {
-        "model": asdict(config.model),
+        "model": encode_named("model", config.model),
         "data": draccus.encode(config.data),
-        "optimizer": asdict(replace(config.optimizer, kind="adamw", levanter=None)) | {"kind": config.optimizer.kind},
+        "optimizer": encode_named("optimizer", config.optimizer),
         "trainer": asdict(replace(config.trainer, trackers=())) | {"trackers": []},
         "eval": asdict(config.eval),
         "output_path": config.output_path,
     }
-    if config.optimizer.levanter is not None:
-        from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
-
-        sections["optimizer"]["levanter"] = draccus.encode(config.optimizer.levanter, LevanterOptimizerConfig)
     if config.trainer.trackers:
         from levanter.tracker import TrackerConfig as LevanterTrackerConfig
 
@@ -236,9 +245,12 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
     Raises:
         ValueError: for an unknown key, with the nearest known name, or a value of the wrong type.
     """
-    sections = checked(GrugNativeRunConfig, raw)
-    optimizer, trainer = sections.get("optimizer", {}), sections.get("trainer", {})
-    data, levanter = sections.get("data"), optimizer.get("levanter")
+    for name, keys in (("model", "type, vocab_size"), ("optimizer", "type, learning_rate")):
+        section = raw.get(name, {})
+        if not isinstance(section, Mapping) and (section is None or not is_dataclass(section)):
+            raise no_mapping(name, section, f"with keys such as {keys}")
+    sections = checked(GrugNativeRunConfig, upgraded(raw))
+    data, trainer = sections.get("data"), sections.get("trainer", {})
     if isinstance(data, Mapping):
         from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig
 
@@ -247,20 +259,25 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
         sections["data"] = decode(LevanterDataConfig, known, "data.")
     elif "data" in sections and not is_dataclass(data):
         raise no_mapping("data", data, "with keys such as tokenizer, components, train_weights")
-    if isinstance(levanter, Mapping):
-        from levanter.optim.config import OptimizerConfig as LevanterOptimizerConfig
-
-        chosen = decode(LevanterOptimizerConfig, cast(Mapping[str, Any], levanter), "optimizer.levanter.")
-        optimizer |= {"levanter": chosen}
-    elif levanter is not None and not is_dataclass(levanter):
-        raise no_mapping("optimizer.levanter", levanter, "such as {type: adam}")
     if trackers := trainer.get("trackers"):
         from levanter.tracker import TrackerConfig as LevanterTrackerConfig
 
         if not all(isinstance(tracker, Mapping) for tracker in trackers):
             raise ValueError(f"trainer.trackers={trackers!r} must be a list of mappings, such as [{{type: wandb}}]")
         trainer |= {"trackers": [decode(LevanterTrackerConfig, tracker, "trainer.trackers.") for tracker in trackers]}
-    return decode(GrugNativeRunConfig, sections | {"optimizer": optimizer, "trainer": trainer}, "")
+    sections["trainer"] = trainer
+    decoders = {
+        "model": partial(decode_named, "model"),
+        "optimizer": partial(decode_named, "optimizer"),
+        "trainer": lambda raw: decode(GrugTrainerConfig, raw, "trainer."),
+        "eval": lambda raw: decode(GrugEvalConfig, raw, "eval."),
+    }
+    for name in decoders.keys() & sections.keys():
+        if isinstance(sections[name], Mapping):
+            sections[name] = decoders[name](sections[name])
+    if missing := [item.name for item in fields(GrugNativeRunConfig) if item.name not in {*sections, "eval"}]:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    return GrugNativeRunConfig(**sections)
 
 
 def save_config(config: GrugNativeRunConfig, path: str | Path) -> None:
@@ -308,10 +325,16 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]])
         overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`;
             where a field is text, the value is taken as it is.
 
+    Where another class of model or optimizer is named, the fields that it does not have are left out.
+
     Raises:
         ValueError: if what a name leads through is no section, or a value is no YAML.
     """
     changed = copy.deepcopy(dict(raw))
+    for section in ("model", "optimizer"):
+        for kind in (value for name, value in overrides if name == f"{section}.type"):
+            if isinstance(changed.get(section), dict):
+                changed[section] = shared_fields(section, changed[section], kind)
     for name, value in overrides:
         *parents, key = name.split(".")
         section = changed

@@ -1,4 +1,4 @@
-"""Tagged perplexity: levanter's `TaggedEvaluator` over a `Transformer`, with exact bits per byte from the same pass.
+"""Tagged perplexity: levanter's `TaggedEvaluator` over a model, with exact bits per byte from the same pass.
 
 Importing this module imports levanter, which takes seconds; nothing light may import it.
 """
@@ -6,8 +6,7 @@ Importing this module imports levanter, which takes seconds; nothing light may i
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import final
+from typing import Any, cast, final
 
 import equinox as eqx
 import jax
@@ -29,9 +28,9 @@ from levanter.utils.thread_utils import blocking_wait
 from grug_native.bits_per_byte import TokenBytes, exact_metrics, token_bytes
 from grug_native.data import VocabCheckedDataset
 from grug_native.eval_config import GrugEvalConfig
+from grug_native.language_model import LanguageModel
 from grug_native.loss import ComputeDtype, next_tokens, per_token_loss
-from grug_native.mesh import BATCH_AXES, constrain
-from grug_native.model import Transformer
+from grug_native.mesh import BATCH_AXES, batch_shards, constrain
 from grug_native.shell import offer
 from grug_native.signals import leave_if_told_to_stop
 from grug_native.state import GrugTrainState
@@ -101,7 +100,7 @@ def build_eval_sets(
 class _Pass:
     """What goes through `TaggedEvaluator.evaluate` as its model: the parameters, and where the exact sums are put."""
 
-    params: Transformer
+    params: LanguageModel
     sums: list[Float[Array, "B sums"]] = field(default_factory=list)
 
 
@@ -119,16 +118,16 @@ class TaggedEval:
     exact: bool
     """Whether there are exact bits per byte."""
 
-    def evaluate(self, params: Transformer, *, prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, params: LanguageModel, *, prefix: str = "eval") -> dict[str, float]:
         """Returns levanter's metrics, and `<prefix>/bpb_exact`, `<prefix>/<tag>/bpb_exact`, ... beside them.
 
         Args:
-            params: laid out over the mesh, as `Transformer.init` leaves them.
+            params: laid out over the mesh, as `init` leaves them.
             prefix: first part of each metric's name.
         """
         return self._evaluate(self.evaluator, params, prefix)
 
-    def check_one_batch(self, params: Transformer) -> float:
+    def check_one_batch(self, params: LanguageModel) -> float:
         """Evaluates the first sequence of each set, so that an evaluation which cannot work fails within seconds.
 
         Returns:
@@ -137,7 +136,7 @@ class TaggedEval:
         return self._evaluate(self.first_sequences, params, "check")["check/loss"]
 
     def _evaluate(
-        self, evaluator: TaggedEvaluator[EvalExample, _Pass], params: Transformer, prefix: str
+        self, evaluator: TaggedEvaluator[EvalExample, _Pass], params: LanguageModel, prefix: str
     ) -> dict[str, float]:
         one_pass = _Pass(params)
         with jax.set_mesh(self.mesh), axis_mapping(_AXIS_MAPPING):
@@ -177,7 +176,7 @@ def build_tagged_evaluator(
     """
     if not sets:
         raise ValueError("there is nothing to evaluate on: no component of the data config has a validation split")
-    shards = mesh.shape["replica_dcn"] * mesh.shape["data"]
+    shards = batch_shards(mesh)
     if batch_size % shards != 0:
         raise ValueError(
             f"eval.eval_batch_size={batch_size} does not divide over {shards} data-parallel devices: "
@@ -188,6 +187,8 @@ def build_tagged_evaluator(
     table = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
     # Every process has the whole table, so one global array can be made of it.
     on_mesh = None if table is None else jax.device_put(table, NamedSharding(mesh, PartitionSpec()))
+
+    compiled: list[Callable[..., tuple[PositionLosses, Float[Array, "B sums"]]]] = []
 
     def build(names: MarinTokenizer | None, max_examples: int | None) -> TaggedEvaluator[EvalExample, _Pass]:
         evaluator = TaggedEvaluator(
@@ -204,13 +205,16 @@ def build_tagged_evaluator(
         spaced = {
             tags[-1] for dataset, tags in sets if isinstance(dataset, VocabCheckedDataset) and dataset.spaces_before_eos
         }
-        levanters = np.array([name in spaced for name in evaluator.dataset.tag_to_index], np.int32)
+        levanters = jnp.array([name in spaced for name in evaluator.dataset.tag_to_index], jnp.int32)
 
         # One forward pass serves levanter's averages, which take the losses for their "batch", and the exact sums.
         def accumulate(one_pass: _Pass, state: eqx.Module, batch: EvalExample, tags: Array) -> eqx.Module:
             leave_if_told_to_stop()
             plain = grug_lm_example_from_named(batch) if isinstance(batch, LmExample) else batch
-            losses, sums = _position_losses(one_pass.params, plain, tags, on_mesh, levanters, compute_dtype)
+            arguments = one_pass.params, plain, tags, on_mesh, levanters, compute_dtype
+            if not compiled:  # Ahead, as a call of a `filter_jit` waits for what it has dispatched.
+                compiled.append(cast(Any, _position_losses).lower(*arguments).compile())
+            losses, sums = compiled[0](*arguments)
             one_pass.sums.append(sums)
             return average(None, state, losses, tags)
 
@@ -264,13 +268,13 @@ def build_tagged_eval_callback(
     return evaluate
 
 
-@partial(jax.jit, static_argnames="compute_dtype")  # and not `eqx.filter_jit`, which waits for what it has dispatched
+@eqx.filter_jit
 def _position_losses(
-    params: Transformer,
+    params: LanguageModel,
     batch: LmBatch,
     tags: Int[Array, "B K"],
     table: TokenBytes | None,
-    levanters: Int[Array, " K"] | Int[np.ndarray, " K"],
+    levanters: Int[Array, " K"],
     compute_dtype: ComputeDtype,
 ) -> tuple[PositionLosses, Float[Array, "B sums"]]:
     """Returns what `TaggedEvaluator` wants, and of each sequence the weighted nats and bytes of its text and its tags.

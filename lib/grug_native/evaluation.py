@@ -13,7 +13,7 @@ import jax
 from grug_native.eval_config import GrugHarnessConfig
 from grug_native.faults import fault_point
 from grug_native.harness_reports import UnwrittenReportError
-from grug_native.model import Transformer
+from grug_native.language_model import LanguageModel
 from grug_native.parts import RunParts
 from grug_native.run_folder import local_path
 from grug_native.signals import StopRequestedError, leave_if_told_to_stop
@@ -31,7 +31,7 @@ SAMPLES_FILE = "samples.md"
 _SHOWN = ("eval/loss", "eval/bpb_exact", "eval/ema/loss", "eval/ema/bpb_exact")
 
 
-def evaluate_parameters(parts: RunParts, params: Transformer, *, ema: bool = False) -> dict[str, float]:
+def evaluate_parameters(parts: RunParts, params: LanguageModel, *, ema: bool = False) -> dict[str, float]:
     """Evaluates parameters on the validation sets; the metrics' names begin with `eval/`, or `eval/ema/`.
 
     Raises:
@@ -44,7 +44,7 @@ def evaluate_parameters(parts: RunParts, params: Transformer, *, ema: bool = Fal
 
 def harness_parameters(
     parts: RunParts,
-    params: Transformer,
+    params: LanguageModel,
     step: int,
     tasks: Sequence[str | dict[str, Any]] | None = None,
     **settings: Any,
@@ -86,7 +86,7 @@ def harness_parameters(
         return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
 
 
-def sample_parameters(parts: RunParts, params: Transformer, prompt: str, **settings: Any) -> str:
+def sample_parameters(parts: RunParts, params: LanguageModel, prompt: str, **settings: Any) -> str:
     """Continues a text with parameters of a run; see `grug_native.sample.sample` for the settings."""
     from grug_native.sample import sample
 

@@ -1,4 +1,4 @@
-"""A `Transformer` as lm-eval sees a model: texts in, log-likelihoods and continuations out.
+"""A model as lm-eval sees a model: texts in, log-likelihoods and continuations out.
 
 Importing this module imports lm-eval, which takes seconds; nothing light may import it.
 """
@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from grug_native.model import Transformer
+from grug_native.language_model import LanguageModel
 from grug_native.sample import generate, on_one_device
 from grug_native.scoring import Request, Scorer
 from grug_native.signals import leave_if_told_to_stop
@@ -223,7 +223,7 @@ class GrugLM(TemplateLM):
         params = on_one_device(self._scorer.params)
         return [self._generate(params, request, seed=number) for number, request in enumerate(requests)]
 
-    def _generate(self, params: Transformer, request: Instance, *, seed: int) -> str:
+    def _generate(self, params: LanguageModel, request: Instance, *, seed: int) -> str:
         leave_if_told_to_stop()
         context, given = request.args
         settings, prompt = self._encoder.settings(given), self._encoder.prompt(context)

@@ -17,11 +17,13 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grug_native.checkpoint import GrugCheckpointer
 from grug_native.checkpoint_io import Restored
@@ -43,7 +45,7 @@ from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
 from grug_native.streams import lasting_streams
 from grug_native.tracker import RunTracker, build_trackers
-from grug_native.train import StepMetrics, train_step
+from grug_native.train import WATCHED, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
         log_file = stack.enter_context(RunLog())
         plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
         logger.info("%s", plan.in_a_line)
+        goes_on_from = (plan.resumes_from or 0) if resume_step is None else resume_step
+        compiling = parts.compile_ahead(trainer.batch_size_at(goes_on_from))
         with start_up.data():  # It may tokenize for hours; there is nothing to save yet, and a signal ends it.
             loader, _ = parts.loader, parts.data_fingerprint
         stop = stack.enter_context(StopSignal())
@@ -141,11 +145,12 @@ def train(parts: RunParts, *, stop_after: int | None, resume_step: int | None) -
                 continue
             if step == start:
                 fault_point("compile", step, process=process)
+                compiling.result()  # A wait that a signal interrupts, as a compilation does not.
             if fault_point("step", step, process=process) == "nan":
                 batch = dataclasses.replace(batch, loss_weight=batch.loss_weight * jnp.nan)
             dispatched = time.perf_counter()
             with profile.part("step"):
-                state, metrics = train_step(parts.optimizer, state, batch, config=parts.step_config)
+                state, metrics = parts.compiled_step(batch.tokens.shape[0])(state, batch)
             with profile.part("log"):
                 log.push(step, metrics, loading_time)
             stop.nothing_to_lose = False
@@ -248,6 +253,7 @@ class _StepLog:
                     "data/batch_digest": metrics.batch_digest,
                     "run_progress": (step + 1) / trainer.num_train_steps,
                     **mixture_metrics(self._parts.dataset, self._parts.batch_schedule, step),
+                    **_measured(metrics.extra, step, trainer.watch_every),
                     **throughput,
                 },
                 step=step,
@@ -289,3 +295,17 @@ class _StepLog:
             f"{what} (`runner.show_batch({step})`). Nothing of it was saved; the last good checkpoint is {last}; "
             f"{way_out}"
         )
+
+
+def _measured(extra: Mapping[str, np.ndarray], step: int, watch_every: int | None) -> dict[str, float]:
+    """What a step reports beside the usual, number by number, without what was not measured at this step."""
+    watching = watch_every is not None and step % watch_every == 0
+    numbers: dict[str, float] = {}
+    for name, value in extra.items():
+        if watching or not name.startswith(WATCHED):
+            numbers |= (
+                {name: float(value)}
+                if value.ndim == 0
+                else {f"{name}/{place}": float(number) for place, number in enumerate(value.ravel())}
+            )
+    return numbers

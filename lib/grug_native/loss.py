@@ -1,24 +1,29 @@
 """Next-token cross-entropy over a `GrugLmExample`, without a scatter in its gradient, and the check of the batch.
 
 Two implementations of one function, by name: `full` holds the logits of all tokens at once; `blockwise` holds those of
-`BLOCK_TOKENS` tokens and computes the gradients in the forward pass, so that the logits are computed once.
+`BLOCK_TOKENS` tokens and computes the gradients in the forward pass, so that the logits are computed once. Both make
+logits by the model's `unembed`, whatever that is.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jax.sharding import PartitionSpec, get_abstract_mesh
-from jaxtyping import Array, Float, Int, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, jaxtyped
 
 from grug_native.backend import Backend, current_backend
-from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, gather
-from grug_native.model import Transformer, cast_parameters
-from grug_native.model_config import CrossEntropyName
-from grug_native.types import LmBatch, Scalar
+from grug_native.choices import note_choice
+from grug_native.language_model import Aux, LanguageModel, cast_parameters
+from grug_native.mesh import BATCH_AXES, batch_shards, constrain, explicit_mesh, gather
+from grug_native.types import AttentionMask, LmBatch, Scalar
+
+CrossEntropyName = Literal["auto", "full", "blockwise"]
+"""A cross-entropy implementation; `auto` lets `choose_cross_entropy` decide."""
 
 ComputeDtype = Literal["float32", "bfloat16"]
 """Dtype of weights and activations inside the forward and backward pass; parameters stay in f32."""
@@ -92,64 +97,99 @@ def check_batch(
 
 
 def check_lm_batch(batch: LmBatch) -> None:
-    """`check_batch` on the fields of a `GrugLmExample`."""
+    """`check_batch` of a `GrugLmExample`."""
     check_batch(batch.tokens, batch.loss_weight, *(batch.attn_mask.segment_ids or (None, None)))
 
 
 def per_token_loss(
-    params: Transformer, batch: LmBatch, *, compute_dtype: ComputeDtype = "float32"
+    params: LanguageModel,
+    batch: LmBatch,
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    cross_entropy: CrossEntropyName = "auto",
 ) -> Float[Array, "B S"]:
     """Nats of predicting `tokens[b, s + 1]` at position `s`, unweighted, in f32.
 
     The last position of each row predicts token 0: it means nothing, and `loss_weight` is 0 there.
     """
     check_lm_batch(batch)
+    score = partial(score_tokens, compute_dtype=compute_dtype, cross_entropy=cross_entropy)
+    return score(params, batch.tokens, next_tokens(batch.tokens), batch.attn_mask).nats
+
+
+class TokenScores(NamedTuple):
+    """What a model thinks of a token at each position."""
+
+    nats: Float[Array, "B S"]
+    """Negative logarithms of their probabilities."""
+    log_z: Float[Array, "B S"]
+    """Logarithms of the sums over the vocabulary."""
+    is_greedy: Bool[Array, "B S"]
+    """Whether no token is likelier."""
+
+
+def score_tokens(
+    params: LanguageModel,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    mask: AttentionMask,
+    *,
+    compute_dtype: ComputeDtype = "float32",
+    cross_entropy: CrossEntropyName = "auto",
+) -> TokenScores:
+    """Scores a target at each position, in f32; its logits are held as those of the training loss are."""
     model = cast_parameters(params, compute_dtype)
-    hidden, labels = model(batch.tokens, batch.attn_mask), next_tokens(batch.tokens)
-    if _implementation(params, batch) == "full":
-        return _full_losses(hidden, gather(model.lm_head, None, "model"), labels)[0]
+    hidden, _, _ = model.hidden(tokens, mask)
+    if _implementation(model, tokens, cross_entropy) == "full":
+        return _score(model.unembed(hidden), targets)
+    head, weights = _find_head(model, hidden)
 
     def local(
-        hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"]
-    ) -> Float[Array, "B S"]:
-        flat = _flatten(hidden, labels, jnp.ones(labels.shape, jnp.float32), head.shape[1])
-        nats = jax.lax.map(lambda block: _block_losses(block[0], head, block[1])[0], flat[:2])
-        return nats.reshape(-1)[: labels.size].reshape(labels.shape)
+        weights: list[Array], hidden: Float[Array, "B S D"], targets: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S"], Float[Array, "B S"], Bool[Array, "B S"]]:
+        blocks = _cut((hidden, targets), params.config.vocab_size)
+        scores = jax.lax.map(lambda block: tuple(_score(head.unembed(weights, block[0]), block[1])), blocks)
+        return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), scores)
 
-    return _per_shard(local, hidden, model.lm_head, labels)
+    return TokenScores(*_per_shard(local, weights, hidden, targets))
 
 
 def next_token_loss(
-    params: Transformer, batch: LmBatch, *, z_loss_weight: float = 0.0, compute_dtype: ComputeDtype = "float32"
-) -> Scalar:
+    params: LanguageModel,
+    batch: LmBatch,
+    *,
+    z_loss_weight: float = 0.0,
+    compute_dtype: ComputeDtype = "float32",
+    cross_entropy: CrossEntropyName = "auto",
+) -> tuple[Scalar, Aux]:
     """Mean over the batch, weighted by `loss_weight`, of `-log p(next token) + z_loss_weight * logsumexp(logits)^2`.
 
-    Zero where every weight is zero.
+    Zero where every weight is zero. The model's own losses are added to it, and are in what is returned beside it.
 
     References:
         The z-loss is that of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
     """
     check_lm_batch(batch)
     model = cast_parameters(params, compute_dtype)
-    hidden, labels, weight = model(batch.tokens, batch.attn_mask), next_tokens(batch.tokens), batch.loss_weight
-    if _implementation(params, batch) == "full":
-        nats, log_z = _full_losses(hidden, gather(model.lm_head, None, "model"), labels)
-        total = jnp.sum(weight * (nats + z_loss_weight * jnp.square(log_z)))
+    hidden, aux, _ = model.hidden(batch.tokens, batch.attn_mask)
+    targets, weight = next_tokens(batch.tokens), batch.loss_weight
+    if _implementation(model, batch.tokens, cross_entropy) == "full":
+        scores = _score(model.unembed(hidden), targets)
+        total = jnp.sum(weight * (scores.nats + z_loss_weight * jnp.square(scores.log_z)))
     else:
+        head, weights = _find_head(model, hidden)
 
         def local(
-            hidden: Float[Array, "B S D"],
-            head: Float[Array, "D V"],
-            labels: Int[Array, "B S"],
-            weight: Float[Array, "B S"],
+            weights: list[Array], hidden: Float[Array, "B S D"], targets: Int[Array, "B S"], weight: Float[Array, "B S"]
         ) -> Float[Array, "1 1"]:
-            blocks = _flatten(hidden, labels, weight, head.shape[1])
-            total: Array = _blockwise_total(z_loss_weight, *blocks, head)
+            blocks = _cut((hidden, targets, weight), params.config.vocab_size)
+            total: Array = _blockwise_total(head, z_loss_weight, weights, *blocks)
             return total[None, None]
 
-        total = jnp.sum(_per_shard(local, hidden, model.lm_head, labels, weight))
-    weights = jnp.sum(weight)
-    return jnp.where(weights > 0, total / jnp.where(weights > 0, weights, 1.0), 0.0)
+        total = jnp.sum(_per_shard(local, weights, hidden, targets, weight))
+    tokens = jnp.sum(weight)
+    loss = jnp.where(tokens > 0, total / jnp.where(tokens > 0, tokens, 1.0), 0.0)
+    return loss + sum(aux.losses.values()), aux
 
 
 def next_tokens(tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -158,91 +198,109 @@ def next_tokens(tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
 
-def _implementation(params: Transformer, batch: LmBatch) -> CrossEntropyName:
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
-    config = params.config
-    name, _ = choose_cross_entropy(
-        config.cross_entropy,
-        backend=jax.default_backend(),
-        tokens=batch.tokens.size // shards,
-        vocab_size=config.vocab_size,
-    )
+def _implementation(model: LanguageModel, tokens: Int[Array, "B S"], asked: CrossEntropyName) -> CrossEntropyName:
+    vocab_size, backend, local = model.config.vocab_size, current_backend(), tokens.size // batch_shards()
+    name, reason = choose_cross_entropy(asked, backend=backend.name, tokens=local, vocab_size=vocab_size)
+    if name == "blockwise":
+        # Devices along `model` share out the positions.
+        mesh = get_abstract_mesh()
+        block = choose_block(local if mesh.empty else local // mesh.shape["model"], vocab_size, backend)
+        reason = f"{reason}; {block:,} tokens at a time"
+    note_choice("cross-entropy", name, reason)
     return name
 
 
-def _full_losses(
-    hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"]
-) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+def _score(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> TokenScores:
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # Comparing with every column instead of indexing keeps a scatter out of the gradient: XLA:CPU runs it serially.
-    is_label = labels[..., None] == jnp.arange(head.shape[1], dtype=labels.dtype)[None, None, :]
-    return log_z - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1), log_z
+    target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    return TokenScores(log_z - target, log_z, target >= jnp.max(logits, axis=-1))
 
 
-def _block_losses(
-    hidden: Float[Array, "block D"], head: Float[Array, "D V"], labels: Int[Array, " block"]
-) -> tuple[Float[Array, " block"], Float[Array, " block"], Float[Array, "block V"]]:
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    is_label = labels[:, None] == jnp.arange(head.shape[1], dtype=labels.dtype)[None, :]
-    return log_z - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1), log_z, logits
+def _is_target(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Bool[Array, "*batch V"]:
+    columns = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    return targets[..., None] == columns.reshape(*(1 for _ in targets.shape), -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@dataclass(frozen=True)
+class _Head:
+    """A model's `unembed` as a function of the weights that it reads."""
+
+    treedef: jax.tree_util.PyTreeDef
+    places: tuple[int, ...]
+
+    def unembed(self, weights: list[Array], hidden: Float[Array, "block D"]) -> Float[Array, "block V"]:
+        leaves: list[Array | None] = [None] * self.treedef.num_leaves
+        for place, weight in zip(self.places, weights, strict=True):
+            leaves[place] = weight
+        return cast(LanguageModel, jax.tree.unflatten(self.treedef, leaves)).unembed(hidden)
+
+
+def _find_head(model: LanguageModel, hidden: Float[Array, "B S D"]) -> tuple[_Head, list[Array]]:
+    """The model's `unembed`, and the weights that it reads: found by tracing it for a position of each sequence."""
+    leaves, treedef = jax.tree.flatten(model)
+    traced = jax.make_jaxpr(lambda leaves, x: jax.tree.unflatten(treedef, leaves).unembed(x))(leaves, hidden[:, 0])
+    read = {id(variable) for equation in traced.eqns for variable in equation.invars}
+    places = tuple(n for n, variable in enumerate(traced.jaxpr.invars[: len(leaves)]) if id(variable) in read)
+    return _Head(treedef, places), [leaves[n] for n in places]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blockwise_total(
+    head: _Head,
     z_loss_weight: float,
+    weights: list[Array],
     hidden: Float[Array, "blocks block D"],
-    labels: Int[Array, "blocks block"],
+    targets: Int[Array, "blocks block"],
     weight: Float[Array, "blocks block"],
-    head: Float[Array, "D V"],
 ) -> Scalar:
     def total_of(block: tuple[Array, Array, Array]) -> Scalar:
-        nats, log_z, _ = _block_losses(block[0], head, block[1])
-        return jnp.sum(block[2] * (nats + z_loss_weight * jnp.square(log_z)))
+        scores = _score(head.unembed(weights, block[0]), block[1])
+        return jnp.sum(block[2] * (scores.nats + z_loss_weight * jnp.square(scores.log_z)))
 
-    return jnp.sum(jax.lax.map(total_of, (hidden, labels, weight)))
+    return jnp.sum(jax.lax.map(total_of, (hidden, targets, weight)))
 
 
 def _blockwise_forward(
+    head: _Head,
     z_loss_weight: float,
+    weights: list[Array],
     hidden: Float[Array, "blocks block D"],
-    labels: Int[Array, "blocks block"],
+    targets: Int[Array, "blocks block"],
     weight: Float[Array, "blocks block"],
-    head: Float[Array, "D V"],
-) -> tuple[Scalar, tuple[Array, Array, Array]]:
+) -> tuple[Scalar, tuple[list[Array], Array, Array]]:
     """The total and its gradients for a unit cotangent: three matrix products a block where autodiff takes four."""
 
     def body(
-        carry: tuple[Scalar, Float[Array, "D V"]], block: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Scalar, Float[Array, "D V"]], tuple[Array, Array]]:
-        total, d_head = carry
-        h, y, w = block
-        nats, log_z, logits = _block_losses(h, head, y)
-        terms = nats + z_loss_weight * jnp.square(log_z)
-        is_label = y[:, None] == jnp.arange(head.shape[1], dtype=y.dtype)[None, :]
-        probabilities = jnp.exp(logits - log_z[:, None])
-        d_logits = (1 + 2 * z_loss_weight * log_z)[:, None] * probabilities - is_label
-        d_logits = (w[:, None] * d_logits).astype(h.dtype)
-        d_head = d_head + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(w * terms), d_head), (jnp.matmul(d_logits, head.T), terms)
+        carry: tuple[Scalar, list[Array]], block: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Scalar, list[Array]], tuple[Array, Array]]:
+        total, d_weights = carry
+        x, y, w = block
+        logits, pull = jax.vjp(head.unembed, weights, x)
+        scores = _score(logits, y)
+        terms = scores.nats + z_loss_weight * jnp.square(scores.log_z)
+        probabilities = jnp.exp(logits - scores.log_z[:, None])
+        d_logits = (1 + 2 * z_loss_weight * scores.log_z)[:, None] * probabilities - _is_target(logits, y)
+        d_block, d_x = pull(w[:, None] * d_logits)
+        d_weights = jax.tree.map(lambda total, part: total + part, d_weights, d_block)
+        return (total + jnp.sum(w * terms), d_weights), (d_x, terms)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), [jnp.zeros(leaf.shape, jnp.float32) for leaf in weights])
     start = jax.tree.map(lambda x: _varying_like(x, hidden), start)
     blocks = hidden.shape[0]
     unrolled = current_backend().name == "gpu" and blocks <= _MOST_UNROLLED_BLOCKS
-    (total, d_head), (d_hidden, d_weight) = jax.lax.scan(
-        body, start, (hidden, labels, weight), unroll=blocks if unrolled else 1
+    (total, d_weights), (d_hidden, d_weight) = jax.lax.scan(
+        body, start, (hidden, targets, weight), unroll=blocks if unrolled else 1
     )
-    return total, (d_hidden, d_weight, d_head.astype(head.dtype))
+    d_weights = [total.astype(leaf.dtype) for total, leaf in zip(d_weights, weights, strict=True)]
+    return total, (d_weights, d_hidden, d_weight)
 
 
 def _blockwise_backward(
-    z_loss_weight: float, residuals: tuple[Array, Array, Array], cotangent: Scalar
-) -> tuple[Array, None, Array, Array]:
-    d_hidden, d_weight, d_head = (cotangent.astype(r.dtype) * r for r in residuals)
-    return d_hidden, None, d_weight, d_head
+    head: _Head, z_loss_weight: float, residuals: tuple[list[Array], Array, Array], cotangent: Scalar
+) -> tuple[list[Array], Array, None, Array]:
+    d_weights, d_hidden, d_weight = jax.tree.map(lambda r: cotangent.astype(r.dtype) * r, residuals)
+    return d_weights, d_hidden, None, d_weight
 
 
 _blockwise_total.defvjp(_blockwise_forward, _blockwise_backward)
@@ -256,40 +314,35 @@ def _varying_like(x: Array, like: Array) -> Array:
     return x
 
 
-def _flatten(
-    hidden: Float[Array, "B S D"], labels: Int[Array, "B S"], weight: Float[Array, "B S"], vocab_size: int
-) -> tuple[Float[Array, "blocks block D"], Int[Array, "blocks block"], Float[Array, "blocks block"]]:
-    """Cuts the tokens into blocks; the last is filled up with tokens of weight 0."""
-    tokens = labels.size
-    block = choose_block(tokens, vocab_size, current_backend())
-    blocks = -(-tokens // block)
-    padding = blocks * block - tokens
+def _cut[*Arrays](per_token: tuple[*Arrays], vocab_size: int) -> tuple[*Arrays]:
+    """Cuts the tokens of (B, S, ...) into (blocks, block, ...); the last block is filled up with zeros."""
 
     def cut(x: Array) -> Array:
+        tokens = x.shape[0] * x.shape[1]
+        block = choose_block(tokens, vocab_size, current_backend())
+        blocks = -(-tokens // block)
+        padding = blocks * block - tokens
         flat = x.reshape(tokens, *x.shape[2:])
         padded = jnp.pad(flat, ((0, padding), *((0, 0) for _ in x.shape[2:]))) if padding else flat
         return padded.reshape(blocks, block, *x.shape[2:])
 
-    return cut(hidden), cut(labels), cut(weight)
+    return cast(tuple[*Arrays], jax.tree.map(cut, per_token))
 
 
-def _per_shard(
-    function: Callable[..., Array], hidden: Float[Array, "B S D"], head: Float[Array, "D V"], *per_token: Array
-) -> Array:
-    """Runs `function(hidden, head, *per_token)` on each device's tokens with the whole head; joins the results.
+def _per_shard[Result](function: Callable[..., Result], weights: list[Array], *per_token: Array) -> Result:
+    """Runs `function(weights, *per_token)` on each device's tokens with whole weights; joins the results.
 
     Devices along `model` share out the positions, as they have the same sequences, unless these do not divide.
     """
     if not explicit_mesh():
-        return function(hidden, head, *per_token)
-    positions = "model" if hidden.shape[1] % get_abstract_mesh().shape["model"] == 0 else None
-    whole = gather(head, None, None)
+        return function(weights, *per_token)
+    positions = "model" if per_token[0].shape[1] % get_abstract_mesh().shape["model"] == 0 else None
+    whole = [gather(leaf, *(None for _ in leaf.shape)) for leaf in weights]
 
-    def local(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], *per_token: Array) -> Array:
-        return function(hidden, _varying_like(head, hidden), *per_token)
+    def local(weights: list[Array], *per_token: Array) -> Result:
+        return function([_varying_like(leaf, per_token[0]) for leaf in weights], *per_token)
 
     mine = PartitionSpec(BATCH_AXES, positions)
-    in_specs = (mine, jax.typeof(whole).sharding.spec, *(mine for _ in per_token))
-    placed = (constrain(x, BATCH_AXES, positions, *(None for _ in x.shape[2:])) for x in (hidden, *per_token))
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=mine)
-    return mapped(next(placed), whole, *placed)
+    in_specs = ([jax.typeof(leaf).sharding.spec for leaf in whole], *(mine for _ in per_token))
+    placed = (constrain(x, BATCH_AXES, positions, *(None for _ in x.shape[2:])) for x in per_token)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=mine)(whole, *placed)

@@ -3,52 +3,25 @@
 import resource
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 
-from grug_native.model import Transformer
-from grug_native.model_config import GrugModelConfig
+from grug_native.language_model import FlopsPerToken, ModelConfig, abstract_parameters
 from grug_native.types import Device
 
 
-def abstract_parameters(config: GrugModelConfig) -> Transformer:
-    """The model as shapes and dtypes: nothing is drawn and nothing allocated."""
-    return eqx.filter_eval_shape(Transformer.init, config, key=jax.random.key(0))
-
-
-def parameter_counts(config: GrugModelConfig) -> dict[str, int]:
-    """Parameters by module (`embed`, `attention`, `mlp`, `norms`, `lm_head`), and their `total`."""
-    model = abstract_parameters(config)
-    counts = {
-        "embed": model.embed.size,
-        "attention": _size(model.blocks.attn),
-        "mlp": _size(model.blocks.mlp),
-        "norms": _size((model.blocks.attn_norm, model.blocks.mlp_norm, model.final_norm)),
-        "lm_head": model.lm_head.size,
-    }
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by the module that they stand in (`embed`, `blocks.attn`, `blocks.mlp`, ...), and their `total`."""
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(abstract_parameters(config)):
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        module = ".".join(names[:-1]) or names[0]
+        counts[module] = counts.get(module, 0) + leaf.size
     return counts | {"total": sum(counts.values())}
 
 
-@dataclass(frozen=True)
-class FlopsPerToken:
-    """Floating-point operations of one training token, forward and backward, without recomputation."""
-
-    full: float
-    """`6 M + 12 L Q S`: attention counted over the whole square, as levanter and PaLM do."""
-    causal: float
-    """`6 M + 6 L Q S`: half of the square, which is what a causal model needs."""
-
-
-def flops_per_token(config: GrugModelConfig, seq_len: int) -> FlopsPerToken:
-    """Operations per token at sequences of `seq_len` tokens; `M` counts all matrices but the embedding.
-
-    References:
-        Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B).
-    """
-    counts = parameter_counts(config)
-    matrices = counts["attention"] + counts["mlp"] + counts["lm_head"]
-    scores = config.num_layers * config.num_heads * config.features_per_head * seq_len
-    return FlopsPerToken(full=6.0 * matrices + 12.0 * scores, causal=6.0 * matrices + 6.0 * scores)
+def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:
+    """Operations of a training token at sequences of `seq_len` tokens, as the model says."""
+    return abstract_parameters(config).flops_per_token(seq_len)
 
 
 def peak_device_flops(device: Device) -> float | None:
@@ -102,7 +75,3 @@ class Throughput:
             metrics["throughput/mfu"] = 100 * tokens_per_second * self.flops.full / self.peak_flops
             metrics["throughput/mfu_causal"] = 100 * tokens_per_second * self.flops.causal / self.peak_flops
         return metrics
-
-
-def _size(tree: object) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -4,65 +4,152 @@ Weights are plain arrays with their shapes in their types. The blocks are one `B
 the layers, whether the layers are then scanned or unrolled, so both run the same checkpoint.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple, get_args, override
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from grug_native.attention import attention, prepare_mask
-from grug_native.backend import current_backend
-from grug_native.mesh import BATCH_AXES, constrain, gather, out_sharding
-from grug_native.model_config import GrugModelConfig, RematName, choose_remat, choose_scan
-from grug_native.rotary import apply_rotary, rotary_tables
+from grug_native.attention import ATTENTION_NAMES, AttentionName, attention, prepare_mask
+from grug_native.kv_cache import KeyValueCache, LayerCache, Reading
+from grug_native.language_model import (
+    Aux,
+    FlopsPerToken,
+    LanguageModel,
+    root_mean_square,
+    shard_parameters,
+    transformer_flops,
+    weight,
+)
+from grug_native.layers import (
+    RematName,
+    RMSNorm,
+    ScanName,
+    choose_remat,
+    choose_scan,
+    embed_tokens,
+    flatten_tokens,
+    merge_heads,
+    normal,
+    project_back,
+    split_heads,
+    through_layers,
+    to_logits,
+)
+from grug_native.mesh import batch_shards, check_divides, gather, state_shards
+from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
 from grug_native.types import AttentionMask
 
-ParameterKind = Literal["embedding", "head", "norm", "matrix"]
-"""What a parameter is to an optimizer."""
+
+@dataclass(frozen=True, kw_only=True)
+class GrugModelConfig:
+    """Shape and kernels of a `Transformer`. Sizes are counts; nothing here needs a device."""
+
+    vocab_size: int
+    """Rows of the embedding: every token id is below it."""
+    hidden_dim: int
+    """Features of the residual stream (D)."""
+    intermediate_dim: int
+    """Features inside the MLP (F)."""
+    num_layers: int
+    """Blocks (L)."""
+    num_heads: int
+    """Query heads (H)."""
+    num_kv_heads: int
+    """Key/value heads (N); divides `num_heads`. Equal to it for multi-head attention."""
+    max_seq_len: int
+    """Longest sequence, in tokens."""
+    head_dim: int | None = None
+    """Features of a head (E), even. None means `hidden_dim // num_heads`."""
+    layer_norm_eps: float = 1e-5
+    """Added to the mean square inside each RMSNorm."""
+    initializer_std: float = 0.02
+    """Standard deviation of the truncated normal that fills every matrix."""
+    rope: GrugRopeConfig = GrugRopeConfig()
+    """Rotary embeddings."""
+    attention: AttentionName = "auto"
+    """Attention kernel, by name."""
+    remat: RematName = "auto"
+    """What the backward pass recomputes; see `choose_remat`."""
+    scan_layers: ScanName = "auto"
+    """One compiled block in a loop (compiles fast, for deep models), or the blocks unrolled (runs faster); `auto` scans
+    where there are many of them."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None and value <= 0:
+                raise ValueError(f"model.{field.name}={value} must be positive")
+        if self.head_dim is None and self.hidden_dim % self.num_heads != 0:
+            raise ValueError(
+                f"model.hidden_dim={self.hidden_dim} is not divisible by model.num_heads={self.num_heads}: "
+                "choose a divisor, or set model.head_dim"
+            )
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}: "
+                "each key/value head serves a whole number of query heads"
+            )
+        if self.features_per_head % 2 != 0:
+            raise ValueError(f"model.head_dim={self.features_per_head} must be even: rotary embeddings turn pairs")
+        for name, value, known in (
+            ("attention", self.attention, ATTENTION_NAMES),
+            ("remat", self.remat, get_args(RematName)),
+        ):
+            if value not in known:
+                raise ValueError(f"model.{name}={value!r} is unknown: choose one of {', '.join(known)}")
+        if self.scan_layers not in (True, False, "auto"):
+            raise ValueError(f"model.scan_layers={self.scan_layers!r} is unknown: choose one of true, false, auto")
+
+    @property
+    def features_per_head(self) -> int:
+        """Features of a head (E), resolved."""
+        return self.hidden_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    def init(self, *, key: PRNGKeyArray) -> "Transformer":
+        """Draws all weights, in f32, laid out over the ambient mesh if there is one.
+
+        Raises:
+            ValueError: if the heads do not divide over the mesh.
+        """
+        return Transformer.init(self, key=key)
 
 
-class RMSNorm(eqx.Module):
-    """Root-mean-square normalisation, computed in f32.
+class Context(NamedTuple):
+    """What all layers share."""
 
-    References:
-        Zhang and Sennrich 2019 (arXiv 1910.07467).
-    """
-
-    weight: Float[Array, " D"]
-
-    def __call__(self, x: Float[Array, "B S D"], *, eps: float) -> Float[Array, "B S D"]:
-        """Normalises each position; `eps` is added to the mean square."""
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-        return (x32 * scale * self.weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+    rope: tuple[Float[Array, "S half"], Float[Array, "S half"]]
+    """`rotary_tables` of the positions."""
+    mask: AttentionMask
+    """Who may attend to whom."""
+    reading: Reading | None
+    """Where the tokens stand that are read after others; None if there are no others."""
 
 
 class Attention(eqx.Module):
     """Grouped-query self-attention with rotary embeddings."""
 
-    wq: Float[Array, "D Q"]
-    wk: Float[Array, "D P"]
-    wv: Float[Array, "D P"]
-    wo: Float[Array, "Q D"]
+    wq: Float[Array, "D Q"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    wk: Float[Array, "D P"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    wv: Float[Array, "D P"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    wo: Float[Array, "Q D"] = eqx.field(metadata=weight("matrix", "model", "data"))
 
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rope: tuple[Float[Array, "S half"], Float[Array, "S half"]],
-        mask: AttentionMask,
-        config: GrugModelConfig,
-    ) -> Float[Array, "B S D"]:
-        """Mixes positions as `mask` allows; `rope` is `rotary_tables` of the sequence length."""
-        tokens = _flatten_tokens(x)
-        heads, split = (*x.shape[:2], -1, config.features_per_head), out_sharding(BATCH_AXES, None, "model", None)
+        self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None, config: GrugModelConfig
+    ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+        """Mixes positions as the mask allows."""
+        tokens = flatten_tokens(x)
         projected = (tokens @ gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
-        q, k, v = (jnp.reshape(y, heads, out_sharding=split) for y in projected)
-        q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
-        context = attention(q, k, v, mask, implementation=config.attention)
-        merged = jnp.reshape(context, (tokens.shape[0], -1), out_sharding=out_sharding(BATCH_AXES, "model"))
-        return _project_back(merged, gather(self.wo, "model", None), x)
+        q, k, v = (split_heads(y, x, config.features_per_head) for y in projected)
+        q, k = apply_rotary(q, *context.rope), apply_rotary(k, *context.rope)
+        if context.reading is None or cache is None:
+            mixed = attention(q, k, v, context.mask, implementation=config.attention)
+        else:
+            mixed, cache = context.reading.attend(q, k, v, context.mask, cache)
+        return project_back(merge_heads(mixed), self.wo, x), cache
 
 
 class MLP(eqx.Module):
@@ -72,15 +159,15 @@ class MLP(eqx.Module):
         Shazeer 2020 (arXiv 2002.05202).
     """
 
-    gate: Float[Array, "D F"]
-    up: Float[Array, "D F"]
-    down: Float[Array, "F D"]
+    gate: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    up: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    down: Float[Array, "F D"] = eqx.field(metadata=weight("matrix", "model", "data"))
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Transforms each position on its own."""
-        tokens = _flatten_tokens(x)
+        tokens = flatten_tokens(x)
         gate, up = gather(self.gate, None, "model"), gather(self.up, None, "model")
-        return _project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), gather(self.down, "model", None), x)
+        return project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), self.down, x)
 
 
 class Block(eqx.Module):
@@ -100,170 +187,149 @@ class Block(eqx.Module):
         return Block(
             attn_norm=RMSNorm(jnp.ones(d)),
             attn=Attention(
-                wq=_normal(q, (d, heads), std),
-                wk=_normal(k, (d, kv_heads), std),
-                wv=_normal(v, (d, kv_heads), std),
-                wo=_normal(o, (heads, d), std),
+                wq=normal(q, (d, heads), std),
+                wk=normal(k, (d, kv_heads), std),
+                wv=normal(v, (d, kv_heads), std),
+                wo=normal(o, (heads, d), std),
             ),
             mlp_norm=RMSNorm(jnp.ones(d)),
-            mlp=MLP(gate=_normal(gate, (d, f), std), up=_normal(up, (d, f), std), down=_normal(down, (f, d), std)),
+            mlp=MLP(gate=normal(gate, (d, f), std), up=normal(up, (d, f), std), down=normal(down, (f, d), std)),
         )
 
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rope: tuple[Float[Array, "S half"], Float[Array, "S half"]],
-        mask: AttentionMask,
-        config: GrugModelConfig,
-    ) -> Float[Array, "B S D"]:
-        """The residual stream after the layer."""
-        x = x + self.attn(self.attn_norm(x, eps=config.layer_norm_eps), rope, mask, config)
-        return x + self.mlp(self.mlp_norm(x, eps=config.layer_norm_eps))
+        self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None, config: GrugModelConfig
+    ) -> tuple[Float[Array, "B S D"], tuple[LayerCache | None, dict[str, Array]]]:
+        """The residual stream after the layer; the layer's cache, and how large its parts' outputs are."""
+        attended, cache = self.attn(self.attn_norm(x, eps=config.layer_norm_eps), context, cache, config)
+        x = x + attended
+        transformed = self.mlp(self.mlp_norm(x, eps=config.layer_norm_eps))
+        x = x + transformed
+        outputs = {"blocks.attn": attended, "blocks.mlp": transformed, "blocks": x}
+        return x, (cache, {name: root_mean_square(output) for name, output in outputs.items()})
 
 
-class Transformer(eqx.Module):
-    """A causal language model. `model(tokens, mask)` gives hidden states, `model.logits(tokens, mask)` logits."""
+class Transformer(LanguageModel):
+    """The Llama-style model; see `LanguageModel` for its methods."""
 
-    embed: Float[Array, "V D"]
+    embed: Float[Array, "V D"] = eqx.field(metadata=weight("embedding", "model", "data"))
     blocks: Block
     """All layers in one `Block`: each leaf has a leading layer axis `L`."""
     final_norm: RMSNorm
-    lm_head: Float[Array, "D V"]
+    lm_head: Float[Array, "D V"] = eqx.field(metadata=weight("head", "data", "model"))
     config: GrugModelConfig = eqx.field(static=True)
 
     @staticmethod
     def init(config: GrugModelConfig, *, key: PRNGKeyArray) -> "Transformer":
-        """Draws all weights, in f32, laid out over the ambient mesh if there is one."""
+        """Draws all weights; see `GrugModelConfig.init`."""
+        for name, axis in (
+            ("hidden_dim", "data"),
+            ("vocab_size", "model"),
+            ("intermediate_dim", "model"),
+            ("num_kv_heads", "model"),
+        ):
+            check_divides(f"model.{name}", getattr(config, name), axis)
         embed, head, blocks = jax.random.split(key, 3)
         model = Transformer(
-            embed=_normal(embed, (config.vocab_size, config.hidden_dim), config.initializer_std),
+            embed=normal(embed, (config.vocab_size, config.hidden_dim), config.initializer_std),
             blocks=eqx.filter_vmap(lambda k: Block.init(config, key=k))(jax.random.split(blocks, config.num_layers)),
             final_norm=RMSNorm(jnp.ones(config.hidden_dim)),
-            lm_head=_normal(head, (config.hidden_dim, config.vocab_size), config.initializer_std),
+            lm_head=normal(head, (config.hidden_dim, config.vocab_size), config.initializer_std),
             config=config,
         )
         return shard_parameters(model)
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S D"]:
-        """Hidden states after the final norm, in the dtype of the weights.
-
-        Args:
-            tokens: ids below `config.vocab_size`; larger ones would be clamped by JAX, so they are checked on the host.
-            mask: which positions may attend to which.
-        """
-        config = self.config
-        if tokens.shape[1] > config.max_seq_len:
-            raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens is longer than model.max_seq_len={config.max_seq_len}"
+    @override
+    def hidden(
+        self, tokens: Int[Array, "B S"], mask: AttentionMask, *, cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "B S D"], Aux, KeyValueCache | None]:
+        config, seq_len = self.config, tokens.shape[1]
+        if seq_len > config.max_seq_len:
+            raise ValueError(f"a sequence of {seq_len} tokens is longer than model.max_seq_len={config.max_seq_len}")
+        x = embed_tokens(self.embed, tokens)
+        reading = None if cache is None else cache.read(tokens, mask)
+        if reading is None:
+            mask = prepare_mask(
+                mask,
+                seq_len=seq_len,
+                head_dim=config.features_per_head,
+                dtype=x.dtype.name,
+                implementation=config.attention,
             )
-        # Read in f32, so that the gradient's scatter adds in f32: in bf16 the sum for a common token stalls.
-        table = gather(self.embed, None, None).astype(jnp.float32)
-        x = table.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None)).astype(self.embed.dtype)
-        rope = rotary_tables(config.rope, config.features_per_head, tokens.shape[1])
-        mask = prepare_mask(
-            mask,
-            seq_len=tokens.shape[1],
-            head_dim=config.features_per_head,
-            dtype=x.dtype.name,
-            implementation=config.attention,
+        positions = jnp.arange(seq_len) if reading is None else reading.positions
+        context = Context(rotary_tables(config.rope, config.features_per_head, positions), mask, reading)
+
+        def apply(
+            x: Float[Array, "B S D"], layer: tuple[Block, LayerCache | None]
+        ) -> tuple[Float[Array, "B S D"], tuple[LayerCache | None, dict[str, Array]]]:
+            block, own = layer
+            return block(x, context, own, config)
+
+        sizes = {"embed": root_mean_square(x)}
+        x, (layers, of_layers) = through_layers(
+            apply,
+            x,
+            (self.blocks, None if cache is None else cache.layers),
+            scan=choose_scan(config.scan_layers, config.num_layers),
+            remat=choose_remat(
+                config.remat,
+                tokens=tokens.size // batch_shards(),
+                shards=state_shards(),
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(self)),
+                activations=activation_bytes(config),
+            ),
+        )
+        x = self.final_norm(x, eps=config.layer_norm_eps)
+        aux = Aux(activations=sizes | of_layers | {"final_norm": root_mean_square(x)})
+        longer = None if cache is None or reading is None or layers is None else cache.after(reading, layers)
+        return x, aux, longer
+
+    @override
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        return to_logits(hidden, self.lm_head)
+
+    @override
+    def init_cache(self, batch: int, length: int, dtype: str) -> KeyValueCache:
+        config = self.config
+        return KeyValueCache.empty(
+            config.num_layers, batch, length, config.num_kv_heads, config.features_per_head, dtype
         )
 
-        def apply(block: Block, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-            return block(x, rope, mask, config)
-
-        backend, mesh = current_backend(), jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
-        state_shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["model"]
-        remat, _ = choose_remat(config, backend, tokens=tokens.size // shards, shards=state_shards)
-        apply = _rematerialised(apply, remat)
-        if choose_scan(config, backend)[0]:
-            x, _ = jax.lax.scan(lambda x, block: (apply(block, x), None), x, self.blocks)
-        else:
-            apply = jax.jit(apply)  # Traced and lowered once for all layers.
-            for block in unstack(self.blocks, config.num_layers):
-                x = apply(block, x)
-        return self.final_norm(x, eps=config.layer_norm_eps)
-
-    def logits(self, tokens: Int[Array, "B S"], mask: AttentionMask) -> Float[Array, "B S V"]:
-        """Unnormalised log-probabilities of the next token, in f32."""
-        head = gather(self.lm_head, None, "model")
-        return jnp.matmul(self(tokens, mask), head, preferred_element_type=jnp.float32)
+    @override
+    def flops_per_token(self, seq_len: int) -> FlopsPerToken:
+        config = self.config
+        matrices = sum(leaf.size for leaf in jax.tree.leaves((self.blocks.attn, self.blocks.mlp, self.lm_head)))
+        features = config.num_layers * config.num_heads * config.features_per_head
+        return transformer_flops(matrices=matrices, attention_features=features, seq_len=seq_len)
 
 
-PARAMETER_KINDS: dict[str, ParameterKind] = {
-    "embed": "embedding",
-    "lm_head": "head",
-    "final_norm": "norm",
-    "attn_norm": "norm",
-    "mlp_norm": "norm",
-    **dict.fromkeys(("wq", "wk", "wv", "wo", "gate", "up", "down"), "matrix"),
-}
-"""Field name -> kind. A parameter added to the model is added here, or the optimizer refuses it."""
-
-_SPECS: dict[str, tuple[str | None, ...]] = {
-    "embed": ("model", "data"),
-    "lm_head": ("data", "model"),
-    **dict.fromkeys(("wq", "wk", "wv", "gate", "up"), (None, "data", "model")),
-    **dict.fromkeys(("wo", "down"), (None, "model", "data")),
-}
+def activation_bytes(config: GrugModelConfig) -> Mapping[RematName, int]:
+    """What the forward pass keeps of a token in all layers, in bf16; attention keeps no scores."""
+    heads, kv_heads = (n * config.features_per_head for n in (config.num_heads, config.num_kv_heads))
+    products = 2 * heads + 2 * kv_heads + 2 * config.hidden_dim + 2 * config.intermediate_dim
+    kept: dict[RematName, int] = {
+        "none": products + heads + 2 * kv_heads + 6 * config.hidden_dim + 3 * config.intermediate_dim,
+        "dots": products + config.hidden_dim,
+        "full": config.hidden_dim,
+    }
+    return {name: 2 * config.num_layers * numbers for name, numbers in kept.items()}
 
 
-def parameter_kind(path: tuple[jax.tree_util.KeyEntry, ...]) -> ParameterKind:
-    """The kind of the parameter at a pytree path, by its field's exact name.
-
-    Raises:
-        ValueError: if no field on the path stands in `PARAMETER_KINDS`.
-    """
-    for entry in path:
-        if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in PARAMETER_KINDS:
-            return PARAMETER_KINDS[entry.name]
-    raise ValueError(
-        f"parameter {jax.tree_util.keystr(path)} is of no known kind: add its field to PARAMETER_KINDS in model.py"
+MODEL_PRESETS: dict[str, GrugModelConfig] = {
+    name: GrugModelConfig(
+        vocab_size=vocab_size,
+        hidden_dim=hidden_dim,
+        intermediate_dim=intermediate_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        max_seq_len=max_seq_len,
     )
-
-
-def parameter_spec(path: tuple[jax.tree_util.KeyEntry, ...]) -> tuple[str | None, ...]:
-    """Mesh axes of the parameter at a pytree path; norms are replicated."""
-    names = (entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in _SPECS)
-    return next((_SPECS[name] for name in names), ())
-
-
-def shard_parameters(model: Transformer) -> Transformer:
-    """Lays the parameters out over the ambient explicit mesh: FSDP over `data`, tensor-parallel over `model`."""
-    return jax.tree.map_with_path(lambda path, leaf: constrain(leaf, *parameter_spec(path)), model)
-
-
-def cast_parameters(model: Transformer, dtype: str) -> Transformer:
-    """The same model with every weight in `dtype`."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
-
-
-def unstack(blocks: Block, num_layers: int) -> list[Block]:
-    """The layers one by one. `lax.split` is used because its transpose is a single concatenation."""
-    leaves, treedef = jax.tree.flatten(blocks)
-    pieces = [jax.lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
-    return [jax.tree.unflatten(treedef, [piece[i][0] for piece in pieces]) for i in range(num_layers)]
-
-
-def _rematerialised[**P, T](apply: Callable[P, T], remat: RematName) -> Callable[P, T]:
-    if remat == "none":
-        return apply
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return eqx.filter_checkpoint(apply, policy=policy)
-
-
-def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
-    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
-
-
-def _flatten_tokens(x: Float[Array, "B S D"]) -> Float[Array, "T D"]:
-    """All positions as rows: XLA:CPU multiplies plain matrices, forward and backward, a quarter faster than batches."""
-    return jnp.reshape(x, (-1, x.shape[-1]), out_sharding=out_sharding(BATCH_AXES, None))
-
-
-def _project_back(
-    tokens: Float[Array, "T features"], weight: Float[Array, "features D"], like: Float[Array, "B S D"]
-) -> Float[Array, "B S D"]:
-    """Back to the features and the shape of the residual stream."""
-    projected = jnp.matmul(tokens, weight, out_sharding=out_sharding(BATCH_AXES, None))
-    return jnp.reshape(projected, like.shape, out_sharding=out_sharding(BATCH_AXES, None, None))
+    for name, (vocab_size, hidden_dim, intermediate_dim, num_layers, num_heads, max_seq_len) in {
+        "tiny": (4096, 128, 448, 4, 4, 256),
+        "130m": (128_256, 512, 1792, 6, 8, 2048),
+        "300m": (128_256, 768, 2688, 12, 12, 2048),
+        "520m": (128_256, 1024, 3584, 24, 16, 2048),
+        "1_2b": (128_256, 2048, 7168, 16, 16, 2048),
+    }.items()
+}
+"""The speedrun's sizes (Llama 3 vocabulary), and `tiny`, which a laptop's CPU trains in minutes."""

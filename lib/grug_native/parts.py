@@ -1,6 +1,8 @@
 """The parts of a run that are heavy, each made on first use and then shared: mesh, data, state, fingerprints."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -11,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from grug_native.config import GrugNativeRunConfig
 from grug_native.loss import ComputeDtype
-from grug_native.mesh import create_mesh
+from grug_native.mesh import batch_sharding, create_mesh
 from grug_native.metrics import Throughput, flops_per_token, peak_device_flops
 from grug_native.optimizer import GrugOptimizer
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.text_tokens import text_only
-from grug_native.train import GrugStepConfig
+from grug_native.train import CompiledStep, GrugStepConfig, PlainBatch
 
 if TYPE_CHECKING:
     from levanter.data.loader import DataLoader
@@ -39,28 +41,18 @@ class RunParts:
         """Takes what determines the parts; builds none of them."""
         self.config = config
         self.optimizer = optimizer
+        self._steps: dict[int, CompiledStep] = {}
+        self._compiling = threading.Lock()
 
     @cached_property
     def mesh(self) -> Mesh:
         """The device mesh.
 
         Raises:
-            ValueError: if batch sizes or the model do not divide over it.
+            ValueError: if batch sizes do not divide over it.
         """
-        trainer, model = self.config.trainer, self.config.model
-        mesh = create_mesh([size for _, size in trainer.batch_stages], trainer.mesh)
-        for name, size, axis in (
-            ("hidden_dim", model.hidden_dim, "data"),
-            ("vocab_size", model.vocab_size, "model"),
-            ("intermediate_dim", model.intermediate_dim, "model"),
-            ("num_kv_heads", model.num_kv_heads, "model"),
-        ):
-            if size % mesh.shape[axis] != 0:
-                raise ValueError(
-                    f"model.{name}={size} does not divide over the {mesh.shape[axis]} devices of the mesh axis "
-                    f"{axis!r}: choose a multiple, or another trainer.mesh.{axis}"
-                )
-        return mesh
+        trainer = self.config.trainer
+        return create_mesh([size for _, size in trainer.batch_stages], trainer.mesh)
 
     @cached_property
     def step_config(self) -> GrugStepConfig:
@@ -71,6 +63,8 @@ class RunParts:
             z_loss_weight=trainer.z_loss_weight,
             ema_beta=trainer.ema_beta,
             compute_dtype=dtype if trainer.compute_dtype == "auto" else trainer.compute_dtype,
+            cross_entropy=trainer.cross_entropy,
+            watch_every=trainer.watch_every,
             skip_nonfinite=trainer.nonfinite == "skip",
         )
 
@@ -89,7 +83,7 @@ class RunParts:
         """The state as abstract arrays with their shardings.
 
         Raises:
-            ValueError: if the optimizer refuses the parameters.
+            ValueError: if the model does not divide over the mesh, or the optimizer refuses the parameters.
         """
 
         def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -100,6 +94,35 @@ class RunParts:
             shape = eqx.filter_eval_shape(self._draw_state)
         self.optimizer.routing(shape.params)
         return jax.tree.map(on_mesh, shape)
+
+    def batch_shape(self, sequences: int | None = None) -> PlainBatch:
+        """A batch as abstract arrays on the mesh, by default the largest of the run."""
+        config = self.config
+        return PlainBatch.abstract(
+            max(size for _, size in config.trainer.batch_stages) if sequences is None else sequences,
+            config.seq_len,
+            packed=config.data.block_cross_document_attention,
+            sharding=batch_sharding(self.mesh),
+        )
+
+    def compiled_step(self, sequences: int | None = None) -> CompiledStep:
+        """The train step for batches of so many sequences, by default the largest: compiled once for each size."""
+        size = max(size for _, size in self.config.trainer.batch_stages) if sequences is None else sequences
+        with self._compiling:
+            if size not in self._steps:
+                with jax.set_mesh(self.mesh):
+                    self._steps[size] = CompiledStep(
+                        self.optimizer, self.state_shape, self.batch_shape(size), self.step_config
+                    )
+            return self._steps[size]
+
+    def compile_ahead(self, sequences: int) -> Future[CompiledStep]:
+        """Begins to compile the train step beside what comes next, which reads files and waits."""
+        _ = self.state_shape  # A property that two threads would make twice.
+        pool = ThreadPoolExecutor(1, "compile")
+        future = pool.submit(self.compiled_step, sequences)
+        pool.shutdown(wait=False)
+        return future
 
     @cached_property
     def batch_schedule(self) -> "BatchSchedule":

@@ -12,26 +12,26 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from grug_native.attention import AttentionShape, choose_attention
 from grug_native.backend import current_backend
 from grug_native.checkpoint_leaves import state_bytes
+from grug_native.choices import Choice, noted_choices
 from grug_native.corpus_store import RECORD_FILE, Counts, read_counts
-from grug_native.debug import lower_step
-from grug_native.loss import choose_block, choose_cross_entropy
+from grug_native.loss import next_token_loss
+from grug_native.mesh import batch_shards
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
-from grug_native.model_config import choose_remat, choose_scan
 from grug_native.parts import RunParts
 from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
 from grug_native.run_folder import committed_steps, local_path
-from grug_native.run_plan import Choice, MemoryUse, MixtureStages, RunPlan, Timing
-from grug_native.train import train_step
+from grug_native.run_plan import MemoryUse, MixtureStages, RunPlan, Timing
 
 _DISK_MARGIN = 0.2
 """In checkpoints, beside the permanent ones and the temporary ones that are kept."""
@@ -152,7 +152,7 @@ def _check_vocabulary(tokenizer: str, vocab_size: int) -> int | None:
 
 
 def _check_eval_batch(parts: RunParts) -> None:
-    size, shards = parts.eval_batch_size, parts.mesh.shape["replica_dcn"] * parts.mesh.shape["data"]
+    size, shards = parts.eval_batch_size, batch_shards(parts.mesh)
     if size % shards != 0:
         raise ValueError(
             f"eval.eval_batch_size={size} does not divide over {shards} data-parallel devices: use "
@@ -201,36 +201,18 @@ def _corpus_counts(cache_dir: str | None) -> Counts | None:
 
 
 def _choices(parts: RunParts) -> tuple[Choice, ...]:
-    config, backend = parts.config, current_backend()
-    model, dtype = config.model, parts.step_config.compute_dtype
-    mesh = parts.mesh.shape
-    sequences = max(size for _, size in config.trainer.batch_stages)
-    tokens = sequences * config.seq_len // (mesh["replica_dcn"] * mesh["data"])
-    shape = AttentionShape(
-        seq_len=config.seq_len,
-        head_dim=model.features_per_head,
-        dtype=dtype,
-        packed=config.data.block_cross_document_attention,
-    )
-    cross_entropy, reason = choose_cross_entropy(
-        model.cross_entropy, backend=backend.name, tokens=tokens, vocab_size=model.vocab_size
-    )
-    if cross_entropy == "blockwise":
-        # Devices along `model` share out the positions.
-        block = choose_block(tokens // mesh["model"], model.vocab_size, backend)
-        reason = f"{reason}; {block:,} tokens at a time"
-    scan, why_scanned = choose_scan(model, backend)
+    config, backend, dtype = parts.config, current_backend(), parts.step_config.compute_dtype
     asked = config.trainer.compute_dtype != "auto"
     flags = with_gpu_flags(os.environ.get(FLAGS_VARIABLE, "")) if backend.name == "gpu" else ""
+    with noted_choices() as made, jax.set_mesh(parts.mesh):
+        eqx.filter_eval_shape(
+            partial(next_token_loss, compute_dtype=dtype, cross_entropy=config.trainer.cross_entropy),
+            parts.state_shape.params,
+            parts.batch_shape(),
+        )
     return (
-        Choice("attention", *choose_attention(model.attention, shape, backend)),
-        Choice("cross-entropy", cross_entropy, reason),
+        *made.values(),
         Choice("compute dtype", dtype, "asked for by the config" if asked else f"the faster one on {backend.name}"),
-        Choice("layers", "scanned" if scan else "unrolled", why_scanned),
-        Choice(
-            "recomputed",
-            *choose_remat(model, backend, tokens=tokens, shards=mesh["data"] * mesh["model"]),
-        ),
         *(Choice("XLA flag", flag, reason) for flag, reason in GPU_FLAGS.items() if flag in flags.split()),
         *(
             Choice(variable, os.environ.get(variable) or "not set", reason)
@@ -244,7 +226,7 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
 
 
 def _compiled_memory(parts: RunParts) -> MemoryUse | None:
-    usage = lower_step(parts).compile().memory_analysis()
+    usage = parts.compiled_step().executable.memory_analysis()
     if usage is None:
         return None
     state = usage.argument_size_in_bytes
@@ -261,7 +243,8 @@ def _measured(parts: RunParts, steps: int) -> Timing:
     with jax.set_mesh(parts.mesh):
         for step in range(steps + 1):
             started = time.perf_counter()
-            state, metrics = train_step(parts.optimizer, state, batches[step % len(batches)], config=parts.step_config)
+            batch = batches[step % len(batches)]
+            state, metrics = parts.compiled_step(batch.tokens.shape[0])(state, batch)
             jax.block_until_ready(metrics.loss)
             times.append(time.perf_counter() - started)
     trainer = parts.config.trainer

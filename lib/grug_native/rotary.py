@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class GrugRopeConfig:
 
 
 def rotary_tables(
-    rope: GrugRopeConfig, head_dim: int, seq_len: int
+    rope: GrugRopeConfig, head_dim: int, positions: Int[Array, " S"]
 ) -> tuple[Float[Array, "S half"], Float[Array, "S half"]]:
-    """Cosines and sines of the rotary angles, in f32; `half` is half a head's features."""
+    """Cosines and sines of the rotary angles at some positions, in f32; `half` is half a head's features."""
     half = head_dim // 2
     frequency = 1.0 / (rope.theta ** (jnp.arange(half, dtype=jnp.float32) / half))
     if rope.llama3_factor is not None:
@@ -42,7 +42,7 @@ def rotary_tables(
         smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         smooth = jnp.clip(smooth, 0.0, 1.0)
         frequency = (1 - smooth) * frequency / rope.llama3_factor + smooth * frequency
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
+    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -5,26 +5,16 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple, override
 
+from grug_native.choices import Choice
 from grug_native.corpus_store import Counts, describe_counts
-from grug_native.metrics import FlopsPerToken
-from grug_native.optimizer import Route
+from grug_native.language_model import FlopsPerToken
+from grug_native.optimizer import ParamGroup
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 type MixtureStages = tuple[tuple[int, Mapping[str, float]], ...]
 """Pairs of (first step, share of each component)."""
-
-
-class Choice(NamedTuple):
-    """A decision that was left to us."""
-
-    what: str
-    """What was to be decided."""
-    name: str
-    """What was chosen."""
-    reason: str
-    """Why, in words."""
 
 
 class MemoryUse(NamedTuple):
@@ -63,7 +53,7 @@ class RunPlan:
     """Newest committed step in the folder; None for a fresh run."""
     parameters: Mapping[str, int]
     """Parameters by module, and their `total`."""
-    routing: tuple[Route, ...]
+    routing: tuple[ParamGroup, ...]
     """What the optimizer does to each parameter."""
     learning_rates: tuple[tuple[int, float], ...]
     """Learning rate at some steps of the schedule."""
@@ -153,9 +143,8 @@ def _sizes(plan: RunPlan) -> _Rows:
 
 def _optimization(plan: RunPlan) -> _Rows:
     for route in plan.routing:
-        decayed = "decayed" if route.decayed else "not decayed"
         split = plan.shardings[route.path]
-        yield f"  {route.path.lstrip('.')}", f"{list(route.shape)} over ({split}): {route.group}, {decayed}"
+        yield f"  {route.path.lstrip('.')}", f"{list(route.shape)} over ({split}): {route.group}"
     yield "learning rate", ", ".join(f"{rate:.2e} at {step}" for step, rate in plan.learning_rates)
 
 

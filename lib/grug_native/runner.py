@@ -16,7 +16,7 @@ from grug_native.optimizer import GrugOptimizer
 from grug_native.parts import RunParts
 from grug_native.run_plan import RunPlan
 from grug_native.state import GrugTrainState, is_deleted
-from grug_native.train import StepMetrics, train_step
+from grug_native.train import StepMetrics
 
 if TYPE_CHECKING:
     from levanter.data.text.examples import GrugLmExample
@@ -45,8 +45,7 @@ class GrugRunner(eqx.Module):
         """
         self.config = config = with_own_name(config)
         self.optimizer = GrugOptimizer(config.optimizer, config.trainer.num_train_steps)
-        if config.optimizer.levanter is None:
-            config.optimizer.build_schedule(config.trainer.num_train_steps)
+        config.optimizer.build_schedule(config.trainer.num_train_steps)
         self._parts = RunParts(config, self.optimizer)
 
     @property
@@ -80,7 +79,7 @@ class GrugRunner(eqx.Module):
             ValueError: if the state was given to `train_step` before.
         """
         with self._using(state):
-            return train_step(self.optimizer, state, batch, config=self._parts.step_config)
+            return self._parts.compiled_step(batch.tokens.shape[0])(state, batch)
 
     def plan(self, *, compile: bool = False, measure: int = 0) -> RunPlan:
         """What the run is going to be, as a table and as data: sizes, routing, schedule, costs, choices.
@@ -242,7 +241,7 @@ class GrugRunner(eqx.Module):
         return (
             f"GrugRunner({config.run_id!r} in {config.output_path!r}: {parameters:,} parameters, "
             f"{config.trainer.num_train_steps:,} steps of {config.trainer.train_batch_size} x {config.seq_len} tokens, "
-            f"{config.optimizer.kind})"
+            f"{type(config.optimizer).__name__})"
         )
 
 

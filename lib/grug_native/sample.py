@@ -1,4 +1,4 @@
-"""Text from a model: a prompt is read once, then tokens are drawn one by one against a cache of keys and values.
+"""Text from a model: a prompt is read once, then tokens are drawn one by one against the model's cache.
 
 The work is done on one device, on a copy of the parameters; so it needs room for all of them there.
 """
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from grug_native.attention import Mask
+from grug_native.language_model import LanguageModel, ModelConfig, cast_parameters
 from grug_native.loss import ComputeDtype
 from grug_native.mesh import AXIS_NAMES
-from grug_native.model import Block, Transformer, cast_parameters
-from grug_native.model_config import GrugModelConfig
-from grug_native.rotary import apply_rotary, rotary_tables
 from grug_native.text_tokens import text_only
 from grug_native.types import Scalar, check_seed
 
@@ -27,75 +26,13 @@ if TYPE_CHECKING:
 
 _NEW_TOKENS = 128
 """Drawn if nobody says how many."""
+_PADDING = -1
+"""Segment of what stands before a prompt, so that few lengths are compiled."""
 _ROUNDED_TO = 64
 """Lengths are rounded up to a multiple of this many positions, so that few of them are compiled."""
 
 
-class KVCache(eqx.Module):
-    """Keys and values of all layers, at the positions read so far; what stands behind them means nothing."""
-
-    keys: Float[Array, "L B K N E"]
-    """Rotated keys."""
-    values: Float[Array, "L B K N E"]
-    """Values."""
-
-    @staticmethod
-    def empty(config: GrugModelConfig, *, batch: int, length: int, dtype: ComputeDtype) -> "KVCache":
-        """A cache with room for `length` positions."""
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.features_per_head)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def extend(
-    params: Transformer, tokens: Int[Array, "B S"], start: Int[Array, ""], cache: KVCache
-) -> tuple[Float[Array, "B S V"], KVCache]:
-    """Reads `tokens` at the positions from `start` on, after what the cache holds. On one device, under no mesh.
-
-    Args:
-        params: the model; its dtype is that of the computation.
-        tokens: as many at a time as you like.
-        start: position of the first of them. Later entries of the cache are overwritten.
-        cache: of the positions before.
-
-    Returns:
-        The logits of the next token after each position, in f32, and the longer cache.
-    """
-    config, length = params.config, cache.keys.shape[2]
-    positions = start + jnp.arange(tokens.shape[1])
-    cos, sin = (table[positions] for table in rotary_tables(config.rope, config.features_per_head, length))
-    visible = jnp.arange(length)[None, :] <= positions[:, None]
-
-    def apply(
-        x: Float[Array, "B S D"], layer: tuple[Block, Float[Array, "B K N E"], Float[Array, "B K N E"]]
-    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B K N E"], Float[Array, "B K N E"]]]:
-        block, keys, values = layer
-        attn, normed = block.attn, block.attn_norm(x, eps=config.layer_norm_eps)
-        q, k, v = (
-            (normed @ weight).reshape(*x.shape[:2], -1, config.features_per_head)
-            for weight in (attn.wq, attn.wk, attn.wv)
-        )
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, start, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, start, axis=1)
-        x = x + _attend(q, keys, values, visible).reshape(*x.shape[:2], -1) @ attn.wo
-        x = x + block.mlp(block.mlp_norm(x, eps=config.layer_norm_eps))
-        return x, (keys, values)
-
-    x, (keys, values) = jax.lax.scan(apply, params.embed[tokens], (params.blocks, cache.keys, cache.values))
-    hidden = params.final_norm(x, eps=config.layer_norm_eps)
-    return jnp.matmul(hidden, params.lm_head, preferred_element_type=jnp.float32), KVCache(keys, values)
-
-
-def _attend(
-    q: Float[Array, "B S H E"], k: Float[Array, "B K N E"], v: Float[Array, "B K N E"], visible: Array
-) -> Float[Array, "B S H E"]:
-    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("bsnge,bkne->bngsk", groups / math.sqrt(q.shape[3]), k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -1e9), axis=-1).astype(v.dtype)
-    return jnp.einsum("bngsk,bkne->bsnge", weights, v).reshape(q.shape)
-
-
-def check_room(config: GrugModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+def check_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
     """Refuses a prompt and new tokens that do not fit in the model together.
 
     Raises:
@@ -111,7 +48,7 @@ def check_room(config: GrugModelConfig, prompt_tokens: int, max_new_tokens: int)
 
 
 def generate(
-    params: Transformer,
+    params: LanguageModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -148,72 +85,79 @@ def generate(
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
         raise ValueError(f"top_k={top_k} must be null or lie in [1, {config.vocab_size}]")
     local = on_one_device(params)
-    length = min(_round_up(len(prompt) + max_new_tokens), config.max_seq_len)
-    tokens = np.zeros(length, np.int32)
-    tokens[: len(prompt)] = prompt
+    padding = min(_round_up(len(prompt)), config.max_seq_len) - len(prompt)
+    room = min(_round_up(max_new_tokens), config.max_seq_len - len(prompt))
     with jax.set_mesh(_one_device()):
-        drawn, end = _generate(
+        drawn, count = _generate(
             local,
-            jnp.asarray(tokens),
-            jnp.asarray(len(prompt)),
-            jnp.asarray(len(prompt) + max_new_tokens),
+            jnp.asarray([[0] * padding + list(prompt)], jnp.int32),
+            jnp.asarray(padding),
+            jnp.asarray(max_new_tokens),
             jnp.asarray(temperature, jnp.float32),
             jnp.asarray(-1 if stop_token is None else stop_token),
             jax.random.key(seed),
-            min(_round_up(len(prompt)), length),
+            room,
             top_k,
             compute_dtype,
         )
-    return np.asarray(drawn)[len(prompt) : int(end)].tolist()
+    return np.asarray(drawn)[: int(count)].tolist()
 
 
-type _Carry = tuple[Int[Array, " K"], Int[Array, ""], Int[Array, ""], KVCache]
-"""The tokens, how many of them stand, the next one, and the cache of those before it."""
+type _Carry = tuple[Int[Array, " new"], Int[Array, ""], Int[Array, ""], PyTree]
+"""The tokens drawn, how many they are, the next one, and the cache of those before it."""
 
 
 @eqx.filter_jit
 def _generate(
-    params: Transformer,
-    tokens: Int[Array, " K"],
-    start: Int[Array, ""],
-    last: Int[Array, ""],
+    params: LanguageModel,
+    prompt: Int[Array, "1 S"],
+    padding: Int[Array, ""],
+    most: Int[Array, ""],
     temperature: Scalar,
     stop_token: Int[Array, ""],
     key: PRNGKeyArray,
-    prompt_room: int,
+    room: int,
     top_k: int | None,
     compute_dtype: ComputeDtype,
-) -> tuple[Int[Array, " K"], Int[Array, ""]]:
-    """Fills in `tokens` from `start` on; returns where they end. `prompt_room` positions are read at once."""
-    params = cast_parameters(params, compute_dtype)
-    cache = KVCache.empty(params.config, batch=1, length=tokens.shape[0], dtype=compute_dtype)
-    logits, cache = extend(params, tokens[None, :prompt_room], jnp.zeros((), jnp.int32), cache)
+) -> tuple[Int[Array, " new"], Int[Array, ""]]:
+    """Draws up to `most` tokens; returns room for `room` of them, and how many there are.
 
-    def choose(logits: Float[Array, " V"], end: Int[Array, ""]) -> Int[Array, ""]:
+    The prompt ends where the array does. So it begins with padding, which is a document of its own.
+    """
+    model = cast_parameters(params, compute_dtype)
+    segment_ids = jnp.where(jnp.arange(prompt.shape[1]) < padding, _PADDING, 0)[None]
+    cache = model.init_cache(1, prompt.shape[1] + room, compute_dtype)
+    hidden, _, cache = model.hidden(prompt, Mask(segment_ids=(segment_ids, segment_ids)), cache=cache)
+
+    def choose(hidden: Float[Array, "1 D"], position: Int[Array, ""]) -> Int[Array, ""]:
+        logits = model.unembed(hidden)[0]
         if top_k is not None:
             logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][-1], -jnp.inf, logits)
         drawn = jax.random.categorical(
-            jax.random.fold_in(key, end), logits / jnp.where(temperature > 0, temperature, 1)
+            jax.random.fold_in(key, position), logits / jnp.where(temperature > 0, temperature, 1)
         )
         return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
 
     def unfinished(carry: _Carry) -> Array:
-        _, end, token, _ = carry
-        return (end < last) & (token != stop_token)
+        _, count, token, _ = carry
+        return (count < most) & (token != stop_token)
+
+    start = prompt.shape[1] - padding
 
     def step(carry: _Carry) -> _Carry:
-        tokens, end, token, cache = carry
-        tokens = tokens.at[end].set(token)
-        logits, cache = extend(params, token[None, None], end, cache)
-        return tokens, end + 1, choose(logits[0, 0], end + 1), cache
+        tokens, count, token, cache = carry
+        tokens = tokens.at[count].set(token)
+        hidden, _, cache = model.hidden(token[None, None], Mask(), cache=cache)
+        return tokens, count + 1, choose(hidden[:, 0], start + count + 1), cache
 
-    first = choose(logits[0, start - 1], start)
-    tokens, end, _, _ = jax.lax.while_loop(unfinished, step, (tokens, start, first, cache))
-    return tokens, end
+    first = choose(hidden[:, -1], start)
+    nothing = jnp.zeros(room, jnp.int32), jnp.zeros((), jnp.int32)
+    tokens, count, _, _ = jax.lax.while_loop(unfinished, step, (*nothing, first, cache))
+    return tokens, count
 
 
 def sample(
-    params: Transformer,
+    params: LanguageModel,
     tokenizer: "MarinTokenizer",
     prompt: str = "",
     *,
@@ -261,7 +205,7 @@ def _round_up(length: int) -> int:
     return -(-length // _ROUNDED_TO) * _ROUNDED_TO
 
 
-def on_one_device(params: Transformer) -> Transformer:
+def on_one_device(params: LanguageModel) -> LanguageModel:
     """The whole model on this process's first device; if it is there already, it is not copied."""
     here = NamedSharding(_one_device(), PartitionSpec())
 
@@ -274,4 +218,8 @@ def on_one_device(params: Transformer) -> Transformer:
 
 
 def _one_device() -> Mesh:
-    return Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), AXIS_NAMES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(
+        np.array(jax.local_devices()[:1]).reshape((1,) * len(AXIS_NAMES)),
+        AXIS_NAMES,
+        axis_types=(AxisType.Auto,) * len(AXIS_NAMES),
+    )

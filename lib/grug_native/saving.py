@@ -15,7 +15,7 @@ from grug_native.checkpoint_metadata import (
 )
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
 from grug_native.data_record import add_record
-from grug_native.model import Transformer
+from grug_native.language_model import LanguageModel
 from grug_native.parts import RunParts
 from grug_native.resume import checkpoints_folder, run_identity
 from grug_native.run_folder import committed_steps, find_checkpoint, local_path, step_name
@@ -89,7 +89,7 @@ def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:
         return restore_checkpoint(path, parts.state_shape, accept=accept).state
 
 
-def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = False) -> tuple[int, Transformer]:
+def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = False) -> tuple[int, LanguageModel]:
     """Loads the parameters alone, for use and not for training; the data are not opened.
 
     Args:

@@ -10,14 +10,14 @@ from typing import NamedTuple, final
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from grug_native.loss import FULL_LOGITS_BYTES, ComputeDtype
-from grug_native.mesh import BATCH_AXES, batch_sharding, constrain, out_sharding
-from grug_native.model import Transformer, cast_parameters
+from grug_native.attention import Mask
+from grug_native.language_model import LanguageModel
+from grug_native.loss import ComputeDtype, score_tokens
+from grug_native.mesh import batch_sharding, batch_shards, constrain
 from grug_native.signals import leave_if_told_to_stop
 
 _PADDING_SEGMENT = -1
@@ -85,7 +85,7 @@ def pack(lengths: Sequence[int], row_length: int) -> Packing:
 class Scorer:
     """Scores requests with one set of parameters. Compiles once, whatever the requests and the parameters."""
 
-    params: Transformer
+    params: LanguageModel
     """Laid out over the mesh."""
     mesh: Mesh
     """The mesh on which the parameters lie."""
@@ -97,7 +97,7 @@ class Scorer:
     """Dtype of the forward pass."""
 
     def __post_init__(self) -> None:
-        shards = self.mesh.shape["replica_dcn"] * self.mesh.shape["data"]
+        shards = batch_shards(self.mesh)
         if self.batch_size % shards != 0:
             raise ValueError(
                 f"eval.harness.batch_size={self.batch_size} does not divide over {shards} data-parallel devices: "
@@ -174,55 +174,13 @@ class Scorer:
 
 @eqx.filter_jit
 def _score_batch(
-    params: Transformer,
+    params: LanguageModel,
     tokens: Int[Array, "B S"],
     targets: Int[Array, "B S"],
     segments: Int[Array, "B S"],
     compute_dtype: ComputeDtype,
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
     """Log-probability of each target and whether no token is likelier, on every device."""
-    from levanter.grug.attention import AttentionMask
-
-    model = cast_parameters(params, compute_dtype)
-    hidden = model(tokens, AttentionMask.causal().with_segment_ids(segments))
-    head = constrain(model.lm_head, None, "model")
-
-    def score(
-        hidden: Float[Array, "B s D"], targets: Int[Array, "B s"]
-    ) -> tuple[Float[Array, "B s"], Bool[Array, "B s"]]:
-        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-        is_target = targets[..., None] == jnp.arange(head.shape[1], dtype=targets.dtype)[None, None, :]
-        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(logits, axis=-1)
-
-    pieces = _pieces(tokens.shape, head.shape[1])
-    if pieces == 1:
-        log_probability, greedy = score(hidden, targets)
-    else:
-        log_probability, greedy = jax.tree.map(
-            _join, jax.lax.map(lambda piece: score(*piece), (_cut(hidden, pieces), _cut(targets, pieces)))
-        )
-    return constrain(log_probability, None, None), constrain(greedy, None, None)
-
-
-def _pieces(shape: tuple[int, ...], vocab_size: int) -> int:
-    """Into how many pieces a row is cut, so that the logits of a piece fit into `FULL_LOGITS_BYTES` of each device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape["replica_dcn"] * mesh.shape["data"]
-    rows, length = shape[0] // shards, shape[1]
-    divisors = (pieces for pieces in range(1, length + 1) if length % pieces == 0)
-    fitting = (pieces for pieces in divisors if 4 * rows * (length // pieces) * vocab_size <= FULL_LOGITS_BYTES)
-    return next(fitting, length)
-
-
-def _cut(x: Array, pieces: int) -> Array:
-    """(B, S, ...) to (pieces, B, S / pieces, ...)."""
-    shape = (x.shape[0], pieces, x.shape[1] // pieces, *x.shape[2:])
-    spec = out_sharding(BATCH_AXES, *(None for _ in shape[1:]))
-    return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=spec), 1, 0)
-
-
-def _join(x: Array) -> Array:
-    """(pieces, B, s) to (B, pieces * s)."""
-    rows = jnp.moveaxis(x, 0, 1)
-    return jnp.reshape(rows, (rows.shape[0], -1), out_sharding=out_sharding(BATCH_AXES, None))
+    mask = Mask(segment_ids=(segments, segments))
+    scores = score_tokens(params, tokens, targets, mask, compute_dtype=compute_dtype)
+    return constrain(-scores.nats, None, None), constrain(scores.is_greedy, None, None)

@@ -9,8 +9,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from grug_native.model import Transformer
-from grug_native.model_config import GrugModelConfig
+from grug_native.language_model import LanguageModel, ModelConfig
 from grug_native.optimizer import GrugOptimizer
 
 
@@ -19,13 +18,13 @@ class GrugTrainState(eqx.Module):
 
     step: Int[Array, ""]
     """Updates done, and so the index of the next batch."""
-    params: Transformer
+    params: LanguageModel
     """Parameters, in f32."""
     opt_state: optax.OptState
     """Moments and counters of the optimizer."""
     training_key: PRNGKeyArray
     """Base key of the run; the key of a step is `fold_in(training_key, step)`."""
-    ema_params: Transformer | None
+    ema_params: LanguageModel | None
     """Exponential moving average of the parameters, when the run keeps one."""
 
     @override
@@ -48,18 +47,18 @@ def _numbers(tree: object) -> int:
 
 @eqx.filter_jit
 def init_train_state(
-    model: GrugModelConfig, optimizer: GrugOptimizer, *, key: PRNGKeyArray, ema: bool = False
+    model: ModelConfig, optimizer: GrugOptimizer, *, key: PRNGKeyArray, ema: bool = False
 ) -> GrugTrainState:
     """Draws the state of step 0, laid out over the ambient mesh (`jax.set_mesh`) if there is one.
 
     Args:
-        model: shape of the model.
+        model: config of the model.
         optimizer: whose state is made.
         key: all randomness of the run derives from it.
         ema: whether to keep a moving average of the parameters; it starts at the parameters.
     """
     init_key, training_key = jax.random.split(key)
-    params = Transformer.init(model, key=init_key)
+    params = model.init(key=init_key)
     return GrugTrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -21,11 +21,12 @@ from grug_native.corpus_store import SOURCES_FILE, file_digest
 from grug_native.documents import find_files, read_documents
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.metrics import parameter_counts
-from grug_native.model_config import GrugModelConfig
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.model import GrugModelConfig
+from grug_native.optimizer import AdamWConfig
 from grug_native.parts import check_tokenizer
 from grug_native.run_folder import run_id_from
 from grug_native.run_place import tokenizer_of
+from grug_native.schedule import ScheduleConfig
 from grug_native.text_files import ROW_SUFFIXES, TEXT_SUFFIXES, FoundFiles, compression, suffix
 from grug_native.text_survey import Survey, known_survey, take_survey
 
@@ -173,7 +174,10 @@ def _sections(tokens: int, output_path: str) -> dict[str, Any]:
     steps = choose_steps(tokens, batch * model.max_seq_len)
     return {
         "model": asdict(model),
-        "optimizer": asdict(GrugOptimizerConfig(learning_rate=3e-3 if model.hidden_dim < 512 else 1e-3, warmup=0.05)),
+        "optimizer": {"type": "adamw"}
+        | asdict(
+            AdamWConfig(learning_rate=3e-3 if model.hidden_dim < 512 else 1e-3, schedule=ScheduleConfig(warmup=0.05))
+        ),
         "trainer": asdict(
             GrugTrainerConfig(num_train_steps=steps, train_batch_size=batch, minutes_per_temporary_checkpoint=1.0)
         ),

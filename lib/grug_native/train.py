@@ -1,20 +1,25 @@
-"""The one compiled function of a run: a training step over plain arrays."""
+"""A training step over plain arrays: the one compiled function of a run."""
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grug_native.attention import Mask
 from grug_native.backend import current_backend
-from grug_native.loss import ComputeDtype, next_token_loss
-from grug_native.model import Transformer
+from grug_native.language_model import LanguageModel, leaf_norms
+from grug_native.loss import ComputeDtype, CrossEntropyName, next_token_loss
 from grug_native.optimizer import GrugOptimizer
 from grug_native.state import GrugTrainState
 from grug_native.types import LmBatch
+
+WATCHED = ("grad/norm/", "params/norm/", "updates/norm/")
+"""How the names of what `watch_every` measures begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,12 @@ class GrugStepConfig:
     """Decay of the parameters' moving average per step; None keeps none."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of the forward and backward pass; parameters and optimizer state stay in f32."""
+    cross_entropy: CrossEntropyName = "auto"
+    """Cross-entropy kernel, by name."""
     skip_nonfinite: bool = False
     """Leave the parameters and the optimizer as they were when a loss, gradient or update is not finite."""
+    watch_every: int | None = None
+    """Steps from one that measures the norms of each layer's weights to the next; None measures none."""
 
 
 class StepMetrics(eqx.Module):
@@ -50,12 +59,16 @@ class StepMetrics(eqx.Module):
     """Whether the loss, a gradient, an update or a new parameter is not finite."""
     batch_digest: UInt32[Array, ""]
     """A hash of the tokens, the same on every mesh; equal runs have equal digests at every step."""
+    extra: dict[str, Array] = eqx.field(default_factory=dict)
+    """The model's own losses and metrics, and the norms that `watch_every` asks for: logged as they are."""
 
 
 def train_step(
     optimizer: GrugOptimizer, state: GrugTrainState, batch: LmBatch, *, config: GrugStepConfig = GrugStepConfig()
 ) -> tuple[GrugTrainState, StepMetrics]:
-    """One update. Compiled once per batch shape; `state` is donated, so use the one returned.
+    """One update. `state` is donated, so use the one returned.
+
+    It is compiled once for each shape of batch, and waits for what it has done; a `CompiledStep` does not wait.
 
     Args:
         optimizer: how gradients become updates.
@@ -69,7 +82,7 @@ def train_step(
     Raises:
         jaxtyping.TypeCheckError: if a field of the batch has the wrong shape or dtype.
     """
-    return _train_step(optimizer, state, batch, config)
+    return _train_step((optimizer, batch, config), state)
 
 
 def lower_train_step(
@@ -89,23 +102,91 @@ def lower_train_step(
         config: loss and averaging.
         platforms: for which, as in `("cuda",)`: they need not be here. None means that of the devices.
     """
-    return _train_step.trace(optimizer, state, batch, config).lower(lowering_platforms=platforms)
+    step = jax.jit(lambda state, batch: _step((optimizer, batch, config), state), donate_argnums=0)
+    return step.trace(state, batch).lower(lowering_platforms=platforms)
 
 
-# Not `eqx.filter_jit`: it waits for what it has dispatched, and the host would have nothing to do beside the device.
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _train_step(
-    optimizer: GrugOptimizer, state: GrugTrainState, batch: LmBatch, config: GrugStepConfig
+class PlainBatch(eqx.Module):
+    """What a step takes of a batch, in classes of ours: so a step can be compiled while levanter is still imported."""
+
+    tokens: Int[Array, "B S"]
+    loss_weight: Float[Array, "B S"]
+    attn_mask: Mask
+
+    @staticmethod
+    def of(batch: LmBatch) -> "PlainBatch":
+        """The same batch."""
+        mask = batch.attn_mask
+        plain = Mask(mask.segment_ids, is_causal=mask.is_causal, sliding_window=mask.sliding_window)
+        return PlainBatch(batch.tokens, batch.loss_weight, plain)
+
+    @staticmethod
+    def abstract(sequences: int, seq_len: int, *, packed: bool, sharding: NamedSharding) -> "PlainBatch":
+        """Shapes and dtypes of a batch, laid out over a mesh."""
+
+        def made() -> PlainBatch:
+            ids = jnp.zeros((sequences, seq_len), jnp.int32)
+            return PlainBatch(ids, jnp.zeros(ids.shape), Mask((ids, ids) if packed else None))
+
+        shapes = jax.eval_shape(made)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+@final
+class CompiledStep:
+    """`train_step` of one shape of batch, compiled ahead: a call of it dispatches, and does not wait."""
+
+    def __init__(
+        self, optimizer: GrugOptimizer, state: GrugTrainState, batch: PlainBatch, config: GrugStepConfig
+    ) -> None:
+        """Compiles, for abstract arrays with their shardings; call it under the mesh."""
+        self._given = optimizer, config
+        batch, state = jax.tree.map(_hollow, (batch, state))
+        self._program = _train_step.lower((optimizer, batch, config), state).compile()
+
+    @property
+    def executable(self) -> jax.stages.Compiled:
+        """JAX's own, with the program's text and its use of memory."""
+        return self._program.compiled
+
+    def __call__(self, state: GrugTrainState, batch: LmBatch) -> tuple[GrugTrainState, StepMetrics]:
+        """One update; `state` is donated."""
+        optimizer, config = self._given
+        return self._program((optimizer, PlainBatch.of(batch), config), state)
+
+
+def _hollow(leaf: jax.ShapeDtypeStruct) -> Array:
+    """An array of that shape and sharding, without memory: `filter_jit` takes abstract ones for static arguments."""
+    sharding = leaf.sharding
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), sharding)
+    assert sharding is not None
+    own = sharding.shard_shape(leaf.shape)
+    parts = [jax.device_put(jnp.zeros(own, leaf.dtype), device) for device in sharding.addressable_devices]
+    array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+    array.delete()
+    return array
+
+
+def _step(
+    kept: tuple[GrugOptimizer, LmBatch, GrugStepConfig], state: GrugTrainState
 ) -> tuple[GrugTrainState, StepMetrics]:
-    loss, grads = jax.value_and_grad(
+    optimizer, batch, config = kept
+    (loss, aux), grads = jax.value_and_grad(
         lambda params: next_token_loss(
-            params, batch, z_loss_weight=config.z_loss_weight, compute_dtype=config.compute_dtype
-        )
+            params,
+            batch,
+            z_loss_weight=config.z_loss_weight,
+            compute_dtype=config.compute_dtype,
+            cross_entropy=config.cross_entropy,
+        ),
+        has_aux=True,
     )(state.params)
     if current_backend().name == "gpu":
         # Else XLA joins the layers' gradients inside of the update, which then runs at a fifth of the memory's speed.
         grads = jax.lax.optimization_barrier(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    key = jax.random.fold_in(state.training_key, state.step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss, key=key)
     params = optax.apply_updates(state.params, updates)
     grad_norm, update_norm, param_norm = map(optax.global_norm, (grads, updates, params))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(param_norm)
@@ -116,6 +197,7 @@ def _train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
+    watched = _watch(state.step, dict(zip(WATCHED, (grads, params, updates), strict=True)), config.watch_every)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
@@ -125,6 +207,7 @@ def _train_step(
         tokens=jnp.asarray(batch.tokens.size, jnp.int32),
         nonfinite=~finite,
         batch_digest=_digest(batch.tokens),
+        extra=aux.losses | aux.metrics | watched,
     )
     next_state = GrugTrainState(
         step=state.step + 1,
@@ -136,6 +219,27 @@ def _train_step(
     return next_state, metrics
 
 
+_train_step: Any = eqx.filter_jit(_step, donate="all-except-first")
+
+
+def _watch(step: Int[Array, ""], trees: dict[str, Any], every: int | None) -> dict[str, Array]:
+    """Norms by layer and weight under levanter's names, as in `grad/norm/blocks.0.attn.wq`; NaN in between."""
+    if every is None:
+        return {}
+
+    def measure() -> dict[str, Array]:
+        norms: dict[str, Array] = {}
+        for prefix, tree in trees.items():
+            for name, norm in leaf_norms(tree).items():
+                stack, _, rest = name.partition(".")
+                names = [name] if norm.ndim == 0 else [f"{stack}.{layer}.{rest}" for layer in range(norm.size)]
+                norms |= {f"{prefix}{n}": one for n, one in zip(names, jnp.ravel(norm), strict=True)}
+        return norms
+
+    nothing = jax.tree.map(lambda norm: jnp.full(norm.shape, jnp.nan), jax.eval_shape(measure))
+    return jax.lax.cond(step % every == 0, measure, lambda: nothing)
+
+
 def _digest(tokens: Int[Array, "B S"]) -> UInt32[Array, ""]:
     """A sum of tokens times odd numbers that depend on their position, modulo 2^32."""
     position = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
@@ -143,7 +247,7 @@ def _digest(tokens: Int[Array, "B S"]) -> UInt32[Array, ""]:
     return jnp.sum((tokens.astype(jnp.uint32) + 1) * weight, dtype=jnp.uint32)
 
 
-def _average(ema: Transformer | None, params: Transformer, beta: float | None) -> Transformer | None:
+def _average(ema: LanguageModel | None, params: LanguageModel, beta: float | None) -> LanguageModel | None:
     if (ema is None) != (beta is None):
         raise ValueError(
             f"ema_beta={beta} but the state {'has no' if ema is None else 'has an'} ema_params: "

@@ -25,9 +25,10 @@ from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_conf
 from grug_native.corpus import local_text_data
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.job import initialize_distributed
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig
 from grug_native.progress import configure_logging
 from grug_native.runner import GrugRunner
+from grug_native.schedule import ScheduleConfig
 from grug_native.signals import ExitCode
 from tests.faults.runs import NUM_STEPS, Job
 from tests.fixtures_data import make_text
@@ -112,7 +113,7 @@ def make_base_runs(folder: Path) -> None:
         config = GrugNativeRunConfig(
             model=SMALL_MODEL,
             data=corpus,
-            optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=2),
+            optimizer=AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=2)),
             trainer=GrugTrainerConfig(
                 num_train_steps=NUM_STEPS,
                 train_batch_size=4,

@@ -76,7 +76,7 @@ def test_f23_the_bound_of_skipped_steps_is_that_of_the_whole_run(run: Run) -> No
 
 
 def test_f24_a_spike_is_told_and_the_resume_is_exact(server: ForkServer, run: Run) -> None:
-    changes = {"optimizer.learning_rate": 1.0, "optimizer.warmup": 0}
+    changes = {"optimizer.learning_rate": 1.0, "optimizer.schedule.warmup": 0}
     once = run.edit(changes)
     once.fit().expect(0)
     rows = read_metrics(once.folder / METRICS_FILE)

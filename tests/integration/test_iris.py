@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
-from grug_native.optimizer import GrugOptimizerConfig
+from grug_native.optimizer import AdamWConfig
 from grug_native.run_folder import committed_steps
 from grug_native.runner import GrugRunner
+from grug_native.schedule import ScheduleConfig
 from grug_native.tracker import read_metrics
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, loss_terms
@@ -58,7 +59,7 @@ def small_run(data: "LmDataConfig", output_path: str, steps: int) -> GrugNativeR
     return GrugNativeRunConfig(
         model=SMALL_MODEL,
         data=data,
-        optimizer=GrugOptimizerConfig(learning_rate=1e-2, warmup=1),
+        optimizer=AdamWConfig(learning_rate=1e-2, schedule=ScheduleConfig(warmup=1)),
         trainer=GrugTrainerConfig(num_train_steps=steps, train_batch_size=8, steps_per_checkpoint=max(2, steps // 20)),
         output_path=output_path,
     )

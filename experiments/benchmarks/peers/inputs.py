@@ -7,7 +7,6 @@ parameters.
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -71,8 +70,10 @@ def main() -> None:
     np.savez(folder / "weights.npz", **named)  # pyright: ignore[reportArgumentType]  # its other keyword is a bool
     np.save(folder / "batches.npy", corpus_batches(job) if job.data == "corpus" else random_batches(job))
     np.save(folder / "segments.npy", random_segments(job))
-    flops = asdict(flops_per_token(config, job.sizes.seq_len))
+    flops = flops_per_token(config, job.sizes.seq_len)._asdict()
     if job.levanter_weights:
+        assert isinstance(params, Transformer)
+        assert isinstance(params, Transformer)
         write_levanter_weights(job, params)
     # Last, for it says that the others are there.
     (folder / "flops.json").write_text(json.dumps(flops | {"parameters": parameter_counts(config)["total"]}))

@@ -10,8 +10,7 @@ from jaxtyping import Array
 from levanter.layers.rotary import DefaultRotaryEmbeddingsConfig, Llama3RotaryEmbeddingsConfig
 from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 
-from grug_native.model import Transformer
-from grug_native.model_config import GrugModelConfig
+from grug_native.model import GrugModelConfig, Transformer
 
 
 def llama_config(config: GrugModelConfig) -> LlamaConfig:

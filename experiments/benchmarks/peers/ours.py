@@ -11,9 +11,10 @@ from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Gate
 from experiments.benchmarks.peers.shapes import Shape
 from grug_native.mesh import use_cpu_devices
-from grug_native.model_config import GrugModelConfig
-from grug_native.optimizer import GrugOptimizer, GrugOptimizerConfig
+from grug_native.model import GrugModelConfig
+from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.rotary import GrugRopeConfig
+from grug_native.schedule import ScheduleConfig
 
 NUM_TRAIN_STEPS = 1_000_000
 """Of the runs whose loops are held and never end."""
@@ -55,17 +56,16 @@ def model_config(shape: Shape, **fields: Any) -> GrugModelConfig:
     )
 
 
-def optimizer_config() -> GrugOptimizerConfig:
+def optimizer_config() -> AdamWConfig:
     """AdamW at a constant rate."""
-    return GrugOptimizerConfig(
+    return AdamWConfig(
         learning_rate=shapes.LEARNING_RATE,
-        schedule="constant",
-        warmup=0,
         weight_decay=shapes.WEIGHT_DECAY,
         beta1=shapes.BETAS[0],
         beta2=shapes.BETAS[1],
         epsilon=shapes.EPSILON,
         max_grad_norm=shapes.MAX_GRAD_NORM,
+        schedule=ScheduleConfig(shape="constant", warmup=0),
     )
 
 

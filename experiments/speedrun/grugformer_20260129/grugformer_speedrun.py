@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native import (
+    ScheduleConfig,
     MODEL_PRESETS,
     GrugEvalConfig,
     GrugNativeRunConfig,
-    GrugOptimizerConfig,
+    AdamWConfig,
     GrugTrainerConfig,
 )
 from grug_native.cli_errors import explained_exit
@@ -91,7 +92,7 @@ def build_run(
         return GrugNativeRunConfig(
             model=model,
             data=data or local_data("runs/corpora", output_path=output_path),
-            optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.05),
+            optimizer=AdamWConfig(learning_rate=3e-3, weight_decay=0.1, schedule=ScheduleConfig(warmup=0.05)),
             trainer=GrugTrainerConfig(num_train_steps=340 if steps is None else steps, train_batch_size=16),
             eval=GrugEvalConfig(
                 steps_per_eval=85, max_eval_batches=8, sample_prompts=("def main(", "The value of"), sample_tokens=48
@@ -104,7 +105,7 @@ def build_run(
     return GrugNativeRunConfig(
         model=model,
         data=data or hub_data("fineweb-edu", "runs/caches"),
-        optimizer=GrugOptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+        optimizer=AdamWConfig(learning_rate=3e-3, weight_decay=0.1),
         trainer=GrugTrainerConfig(
             num_train_steps=steps,
             train_batch_size=batch,
