@@ -47,7 +47,7 @@ def test_what_is_saved_by_hand_is_restored_and_goes_on(make_run: MakeRun) -> Non
     np.testing.assert_array_equal(llama(params).lm_head, llama(state.params).lm_head)
     _, averaged = load_parameters(parts_of(other), 1, ema=True)
     assert state.ema_params is not None
-    np.testing.assert_array_equal(averaged.embed, llama(state.ema_params).embed)
+    np.testing.assert_array_equal(llama(averaged).embed, llama(state.ema_params).embed)
     # `fit` resumes from it.
     whole = GrugRunner(make_run(eval=FEW, trainer={"ema_beta": 0.5}, name="whole")).fit()
     assert_equal(other.fit(), whole)

@@ -1,7 +1,7 @@
 """The sections of a config whose class its file names: `type: muon`, or `type: package.module:Class`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
