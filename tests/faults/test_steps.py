@@ -1,7 +1,7 @@
 """F7, F23, F24, F26, F28 to F30, F32, F37: what goes wrong while a run trains, evaluates, saves or tells of it."""
 
 import math
-import shutil
+import os
 import signal
 from pathlib import Path
 
@@ -118,12 +118,12 @@ def test_f30_a_checkpoint_beside_an_evaluation_of_the_average(server: ForkServer
 
 
 @pytest.mark.parametrize("kind", ["garbage", "unwritable"])
-def test_f32_a_bad_cache_of_compiled_programs(kind: str, run: Run, whole: Run, server: ForkServer) -> None:
-    cache = run.folder.with_name("xla")
+def test_f32_a_bad_cache_of_compiled_programs(kind: str, run: Run, whole: Run, tmp_path: Path) -> None:
+    cache = tmp_path / "programs"
     if kind == "garbage":
-        shutil.copytree(server.xla_cache(1), cache)
-        for path in cache.iterdir():
-            path.write_bytes(b"garbage")
+        cache.mkdir()
+        for program in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+            (cache / program.name).write_bytes(b"garbage")
     else:
         cache.write_text("not a folder")
     run.fit(xla_cache=cache).expect(0)
