@@ -66,7 +66,6 @@ def fit(job: Job) -> None:
     jax.config.update("jax_num_cpu_devices", job.devices)
     if job.xla_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(job.xla_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     configure_logging()
     if job.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))

@@ -45,7 +45,7 @@ class Job:
     directory: Path | None = None
     """Where it works; None leaves it where the tests do."""
     xla_cache: Path | None = None
-    """Compiled programs of earlier runs."""
+    """Where it looks for compiled programs; None leaves it where the tests do."""
     largest_file: int | None = None
     """Bytes that a file may have at most."""
     cell: str | None = None
@@ -209,7 +209,7 @@ def _exact(value: object) -> object:
 
 
 class ForkServer:
-    """Forks processes that have imported all they need; and keeps the corpus and the compiled programs they share."""
+    """Forks processes that have imported all they need; and keeps the corpus they share."""
 
     def __init__(self, folder: Path):
         """Starts the server, and makes the base configs in `folder`."""
@@ -243,14 +243,8 @@ class ForkServer:
         """Where the corpus of the plain runs is. Not to be written to."""
         return self._folder / "corpus-plain"
 
-    def xla_cache(self, devices: int) -> Path:
-        """Where the compiled programs are."""
-        return self._folder / f"xla-{devices}"
-
     def start(self, job: Job) -> Running:
         """Starts a process."""
-        if job.xla_cache is None:
-            job = replace(job, xla_cache=self.xla_cache(job.devices))
         return Running(self._context.Process(target=_fit, args=(job,)), job.output)
 
 

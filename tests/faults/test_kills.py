@@ -12,25 +12,22 @@ from grug_native.run_folder import committed_steps
 from tests.faults.runs import DEADLINE, NUM_STEPS, ForkServer, Run
 from tests.faults.soak import soak
 
-KILL_POINTS = "compile:0 data:3 fetch:5 step:3 log:3 pre_save:4 after_d2h:4 mid_write:4 pre_commit:4 post_commit:4"
+KILL_POINTS = "compile:0 data:3 step:3 log:3 pre_save:4 after_d2h:4 mid_write:4 pre_commit:4 post_commit:4 fetch:5"
 TEMPORARY = {
     "trainer.minutes_per_temporary_checkpoint": 1e-9,
-    "trainer.steps_per_checkpoint": None,
+    "trainer.steps_per_checkpoint": 3,
     "trainer.keep_last_checkpoints": 1,
 }
-"""A temporary checkpoint whenever the one before is done, which it replaces."""
+"""Beside the permanent ones, a temporary checkpoint whenever the one before is done, which it replaces."""
 
 
-@pytest.mark.parametrize("point", [*KILL_POINTS.split(), "mid_gc:*"])
-def test_f02_sigkill_at_each_point(point: str, run: Run, whole: Run) -> None:
-    in_gc = point.startswith("mid_gc")
-    if in_gc:
-        run.edit(TEMPORARY)
-    run.fit(f"kill@{point}").expect(-signal.SIGKILL)
-    before = run.steps
-    run.fit().expect(0, f"resuming from {run.step(before[0])}" if before else "starting from scratch")
+def test_f02_sigkill_at_each_point(run: Run, whole: Run) -> None:
+    """One run: each process goes on from what the one before has left, and is killed a point later; the last is not."""
+    for fault, code in [*((f"kill@{point}", -signal.SIGKILL) for point in KILL_POINTS.split()), (None, 0)]:
+        before = run.steps
+        run.fit(fault).expect(code, f"resuming from {run.step(before[0])}" if before else "starting from scratch")
     run.expect_equal(whole)
-    assert run.names() == ([f"step-{NUM_STEPS}"] if in_gc else whole.names())
+    assert run.names() == whole.names()
 
 
 @pytest.mark.slow_faults
@@ -132,11 +129,11 @@ def test_f14_a_second_process_is_refused_until_the_first_is_gone(run: Run, whole
 
 
 def test_f35_permanents_and_the_newest_survive_any_sequence_of_kills(run: Run, whole: Run) -> None:
-    run.edit(TEMPORARY | {"trainer.steps_per_checkpoint": 3})
+    run.edit(TEMPORARY)
     due = {3, 6}
-    run.fit("kill@step:4").expect(-signal.SIGKILL)
+    run.fit("kill@mid_gc:*").expect(-signal.SIGKILL)
     # At which steps temporary ones are saved is a matter of time, so the last of these may come too late.
-    for fault in ("kill@mid_gc:*", "kill@post_commit:*", "kill@mid_write:*", "kill@pre_commit:*"):
+    for fault in ("kill@step:5", "kill@post_commit:*", "kill@mid_write:*", "kill@pre_commit:*"):
         before = run.steps
         assert run.fit(fault).code in (0, -signal.SIGKILL)
         assert run.steps[:1] >= before[:1]

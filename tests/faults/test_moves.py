@@ -1,6 +1,7 @@
 """F38 to F40: a run's folder that was renamed, copied or moved, alone or with its corpora; seen from elsewhere."""
 
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ def train(server: ForkServer, folder: Path, *more: str, place: Path | None = Non
     return run.fit(command=command, directory=place)
 
 
-@pytest.fixture
-def project(server: ForkServer, whole: Run, tmp_path: Path) -> Path:
-    """A project with its corpora, whose run `a` was begun with a relative path and has five of its eight steps."""
-    project = tmp_path / "project"
+@pytest.fixture(scope="module")
+def begun(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Where a project is, and a copy of it: its corpora, and a run `a`, begun with a relative path, at step 5 of 8."""
+    project = tmp_path_factory.mktemp("projects") / "project"
     shutil.copytree(server.corpus(), project / "runs" / "corpora")
     run = server.run(project / "a")
     [root] = (path for path in (project / "runs" / "corpora").iterdir() if (path / "cache").is_dir())
@@ -35,7 +36,15 @@ def project(server: ForkServer, whole: Run, tmp_path: Path) -> Path:
     run.fit(stop_after=5, directory=project).expect(0)
     run.config.unlink()
     assert Run(server, run.config, project / "runs" / "a").steps == [5, 4, 2]
-    return project
+    return project, project.rename(project.with_name("copy"))
+
+
+@pytest.fixture
+def project(begun: tuple[Path, Path]) -> Generator[Path]:
+    """The project where it was made, as its run left it."""
+    project, copy = begun
+    yield Path(shutil.copytree(copy, project))
+    shutil.rmtree(project, ignore_errors=True)  # Or it was moved away.
 
 
 def expect_whole(server: ForkServer, folder: Path, whole: Run) -> None:
