@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grug_native.cache_vocabulary import record_vocabulary
 from grug_native.corpus_making import (
     Heartbeat,
     die_with_parent,
@@ -251,7 +252,8 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
     from levanter.store.cache import CacheMetadata, SerialCacheWriter
     from levanter.tokenizers import load_tokenizer
 
-    tokenize = DocumentTokenizer(load_tokenizer(tokenizer), recorded_tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    tokenize = DocumentTokenizer(loaded, recorded_tokenizer)
     metadata = CacheMetadata(preprocessor_metadata=tokenize.metadata)
     heartbeat, done = Heartbeat("tokenizing"), 0
     for domain, splits in counts.items():
@@ -273,6 +275,7 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
                     writer.write_batch([{"input_ids": row} for row in rows])
                     count["tokens"] += sum(map(len, rows))
             (folder / EOS_FOLLOWS_TEXT).touch()
+            record_vocabulary(str(folder), loaded)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
