@@ -1,9 +1,17 @@
 """What a program asks of its process before anything heavy is imported, in variables that the user may also set."""
 
+import atexit
 import os
+import signal
+import socket
 import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 TUNABLES_VARIABLE = "GLIBC_TUNABLES"
 """Environment variable from which glibc takes its settings, once, as a process starts."""
@@ -20,7 +28,64 @@ GPU_FLAGS = {
 }
 """XLA's settings for GPUs, each with what was measured. One that the user sets, to whatever value, is left alone."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C."""
+
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_SECONDS_TO_END = 1.0
+_SECONDS_TO_SAY = 0.3
+
+
+def end_at_ctrl_c() -> None:
+    """Has Ctrl-C end this process within about a second, wherever its main thread is; call it before heavy imports.
+
+    Python raises `KeyboardInterrupt` between two bytecodes of the main thread: what is deep in foreign code, to load a
+    library or to compile, hears nothing for seconds, and a callback may swallow it. So a thread watches for the signal
+    through a file descriptor that the C-level handler writes to, and ends what has not ended by then. A `StopSignal`
+    hears the signals in its place while it is entered. Where SIGINT is ignored, or somebody else's, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    watched, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    heard = threading.Event()
+    signal.signal(signal.SIGINT, partial(_hear, heard))
+    atexit.register(_skip_the_rest, heard)
+    threading.Thread(target=_watch, args=(watched, told), name="grug-ctrl-c", daemon=True).start()
+
+
+def say_soon(say: Callable[[], object]) -> None:
+    """Calls what writes a message, and waits for it only a moment: whoever should read it may never do so."""
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_SAY)
+
+
+def _hear(heard: threading.Event, number: int, frame: FrameType | None) -> None:
+    heard.set()
+    signal.default_int_handler(number, frame)
+
+
+def _watch(watched: socket.socket, told: socket.socket) -> None:
+    with watched, told:
+        while watched.recv(1)[0] != signal.SIGINT:
+            pass
+        time.sleep(_SECONDS_TO_END)
+        say_soon(_flush)
+        os._exit(INTERRUPTED)
+
+
+def _skip_the_rest(heard: threading.Event) -> None:
+    """Libraries that are torn down while their threads work take long, or abort the process."""
+    if heard.is_set():
+        _flush()
+        os._exit(INTERRUPTED)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
 
 
 def prepare_process() -> None:
