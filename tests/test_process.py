@@ -57,32 +57,27 @@ def test_ctrl_c_ends_foreign_code() -> None:
     assert interrupted(foreign) == (130, "")
 
 
-def test_ctrl_c_that_a_library_swallows_ends_the_program() -> None:
-    swallow = """
-while True:
-    try:
-        print("ready", flush=True)
-        time.sleep(100)
-    except KeyboardInterrupt:
-        pass
-"""
-    assert interrupted(swallow) == (130, "ready\n")
-
-
-def test_after_ctrl_c_there_is_time_to_tidy_up_and_no_tearing_down() -> None:
-    tidy = """
-import atexit, os
-atexit.register(print, "tidied up")
-class Slow:
-    def __del__(self): os.write(1, b"torn down")
-slow = Slow()
+def test_ctrl_c_raises_nothing_that_could_be_swallowed() -> None:
+    program = """
 try:
     print("ready", flush=True)
     time.sleep(100)
-except KeyboardInterrupt:
-    print("heard")
+finally:
+    print("unwound", flush=True)
 """
-    assert interrupted(tidy) == (130, "heard\ntidied up\n")
+    assert interrupted(program) == (130, "")
+
+
+def test_ctrl_c_has_things_tidied_and_what_was_written_shown() -> None:
+    program = """
+from grug_native.process import tidied_at_ctrl_c
+with tidied_at_ctrl_c(lambda: print("tidied")):
+    pass
+with tidied_at_ctrl_c(lambda: time.sleep(100)), tidied_at_ctrl_c(lambda: print("tidied")):
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+    assert interrupted(program) == (130, "tidied\n")
 
 
 def test_ctrl_c_that_is_ignored_stays_so() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from grug_native.process import INTERRUPTED, end_at_ctrl_c, prepare_process, set_gpu_flags
+from grug_native.process import end_at_ctrl_c, prepare_process, set_gpu_flags
 
 _DESCRIPTION = """\
 Train language models, and look at what came of it.
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return getattr(import_module(f"grug_native.{module}"), function)(parsed) or 0
     except KeyboardInterrupt:  # Before there was anything to save; the training loop has a way of its own.
-        return INTERRUPTED
+        return 130
     except Exception as error:
         from grug_native.cli_errors import explain
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import jax
 
 from grug_native.checkpoint_metadata import NoUsableCheckpointError
-from grug_native.process import INTERRUPTED
 from grug_native.run_folder import RunLockedError
 from grug_native.signals import ExitCode
 
@@ -35,14 +34,9 @@ def explain(error: Exception) -> tuple[ExitCode, str] | None:
 
 @contextmanager
 def explained_exit(program: str, *, debug: bool) -> Generator[None]:
-    """Ends the process with the exit code and the words for an error; any other, and with `debug` all, are raised.
-
-    Ctrl-C, before there is anything to save, needs no words.
-    """
+    """Ends the process with the exit code and the words for an error; any other, and with `debug` all, are raised."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         explained = None if debug else explain(error)
         if explained is None:

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import final
 
+from grug_native.process import tidied_at_ctrl_c
 from grug_native.run_folder import RunLock, RunLockedError
 
 _SCRATCH = re.compile(r"\.[0-9a-f]{16}-[a-z0-9_]{8}")
@@ -38,7 +40,8 @@ def scratch_folder(corpora: Path, key: str) -> Generator[Path]:
             break
         lock.release()
     try:
-        yield folder
+        with tidied_at_ctrl_c(partial(shutil.rmtree, folder, ignore_errors=True)):
+            yield folder
     finally:
         shutil.rmtree(folder)
         lock.release()

@@ -173,8 +173,11 @@ def _key(inputs: Mapping[str, object], vocab_size: int, tokenizer: str | Path | 
 def kept_tokenizer(
     cache_dir: str | Path, inputs: Mapping[str, object], vocab_size: int, kept: str | Path | None
 ) -> str | Path | None:
-    """Returns `kept`, a run's own tokenizer, if a new one for these inputs would be, or is, another; else None."""
-    if kept is None:
+    """Returns `kept`, a run's own tokenizer, if a new one for these inputs would be, or is, another; else None.
+
+    One that has been deleted is made anew: of the same texts it is the same, and who resumes the run compares them.
+    """
+    if kept is None or (Path(kept).is_absolute() and not Path(kept).is_dir()):
         return None
     new, old = (
         folder / "tokenizer.json"
