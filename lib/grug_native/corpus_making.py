@@ -1,6 +1,7 @@
 """What surrounds the making of a corpus: a hidden folder that no kill leaves for ever, Ctrl-C at any time, progress."""
 
 import atexit
+import errno
 import logging
 import os
 import re
@@ -45,6 +46,29 @@ def scratch_folder(corpora: Path, key: str) -> Generator[Path]:
     finally:
         shutil.rmtree(folder)
         lock.release()
+
+
+def check_place(corpora: Path) -> None:
+    """Refuses, before texts are read for long, a folder for corpora that cannot be written to, with an `OSError`."""
+    place = next(folder for folder in (corpora.absolute(), *corpora.absolute().parents) if folder.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        message = f"no corpus can be made there ({error.strerror}): start from a folder that can be written to"
+        raise OSError(error.errno, message, str(corpora)) from error
+
+
+@contextmanager
+def full_disk_told(corpora: Path) -> Generator[None]:
+    """Makes one `OSError`, with the way out, of what libraries and processes say of a full disk."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                way_out = "what was made of the corpus is removed; free some space, and run the same command again"
+                raise OSError(number, f"{os.strerror(number)}: {way_out}", str(corpora)) from error
+        raise
 
 
 def sweep_scratch(corpora: Path) -> None:

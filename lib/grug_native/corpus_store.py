@@ -26,6 +26,7 @@ from grug_native.cache_vocabulary import record_vocabulary
 from grug_native.corpus_making import (
     Heartbeat,
     die_with_parent,
+    full_disk_told,
     interruptible,
     run_module,
     scratch_folder,
@@ -139,7 +140,7 @@ def materialize(
     logger.info("making a corpus of %s, once: texts, tokenizer, token caches", ", ".join(domains))
     start = time.monotonic()
     corpora.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(corpora, key) as scratch:
+    with full_disk_told(corpora), scratch_folder(corpora, key) as scratch:
         made = scratch / key
         counts = _write_texts(made, domains)
         if sources is not None:

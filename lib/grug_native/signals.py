@@ -74,7 +74,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.nothing_to_lose = False
         """Whether what has been done is on disk or done anew in no time: then the first signal may end the process at
-        once, wherever the main thread is, if it does not ask within a second. Never in an interactive session."""
+        once, wherever the main thread is, if it does not ask soon. Never in an interactive session."""
         self._signal: signal.Signals | None = None
         self._agreed = False
         self._synced = jax.distributed.is_initialized() and bool(jax.config.values["jax_enable_preemption_service"])
@@ -146,7 +146,7 @@ class StopSignal:
                     os.kill(os.getpid(), signal.SIGTERM)
                     continue
                 if self.nothing_to_lose and not hasattr(sys, "ps1"):
-                    leave = threading.Timer(_SECONDS_APART, self._leave, [self._signal])
+                    leave = threading.Timer(_SECONDS_TO_ASK, self._leave, [self._signal])
                     leave.daemon = True
                     leave.start()
                 _warn("%s: saving at the next step; another one ends this at once", self._signal.name)
@@ -159,6 +159,9 @@ class StopSignal:
 
 _SECONDS_APART = 1.0
 """Signals that come closer are one."""
+
+_SECONDS_TO_ASK = 0.3
+"""With nothing to lose, a main thread that has not asked by then is in foreign code."""
 
 _questions = itertools.count()
 """Never begun anew: JAX agrees on the number of the question at which all processes are told."""
