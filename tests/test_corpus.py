@@ -1,6 +1,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +142,21 @@ def test_equal_inputs_find_the_same_corpus_and_others_make_another(tmp_path: Pat
     assert sorted(out.iterdir()) == sorted(_root(cfg) for cfg in [first, *others])
 
 
+def test_the_tokenizer_of_a_run_that_was_deleted_is_made_anew(tmp_path: Path, text_folder: Path) -> None:
+    first = _small(text_folder / "clubs", tmp_path / "out")
+    file = Path(first.tokenizer) / "tokenizer.json"
+    made = file.read_bytes()
+    shutil.rmtree(_root(first))
+    again = local_text_data(
+        {"clubs": text_folder / "clubs"},
+        cache_dir=tmp_path / "out",
+        vocab_size=280,
+        validation_fraction=0.3,
+        keep_tokenizer=first.tokenizer,
+    )
+    assert again == first and file.read_bytes() == made
+
+
 def test_a_corpus_is_made_of_its_inputs_alone(tmp_path: Path, text_folder: Path) -> None:
     moved = shutil.copytree(text_folder / "clubs", tmp_path / "elsewhere")
     first, second = _small(text_folder / "clubs", tmp_path / "a"), _small(moved, tmp_path / "b")
@@ -161,6 +178,22 @@ def test_what_ends_the_making_leaves_nothing_behind(
             _small(text_folder / "clubs", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert _cached(_small(text_folder / "clubs", tmp_path / "out"), "train")["clubs"]
+
+
+def test_ctrl_c_has_what_is_half_made_removed(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+from grug_native.process import end_at_ctrl_c
+end_at_ctrl_c()
+from grug_native.corpus_making import scratch_folder
+with scratch_folder(Path({str(tmp_path)!r}), "0123456789abcdef") as folder:
+    (folder / "half").mkdir()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_makers_at_once_end_with_one_corpus(tmp_path: Path, text_folder: Path) -> None:

@@ -60,6 +60,12 @@ def test_the_speedrun_is_free_of_the_chain_that_it_replaces() -> None:
     assert not {name for name in names for forbidden in FORBIDDEN if f"{name}.".startswith(f"{forbidden}.")}
 
 
+def test_the_first_run_says_something() -> None:
+    from levanter.data.text.datasets import LmDataConfig
+
+    assert speedrun.build_run("tiny", data=LmDataConfig()).eval.sample_prompts
+
+
 @pytest.mark.parametrize("size", ["130m", "300m", "520m", "1_2b"])
 def test_a_real_size_is_the_speedruns(size: str) -> None:
     config = speedrun.build_run(size)

@@ -63,6 +63,9 @@ def test_what_is_not_there_or_not_ours_is_refused(make_run: MakeRun) -> None:
         runner.restore(5)
     with pytest.raises(ValueError, match="keeps no moving average"):
         load_parameters(parts_of(runner), ema=True)
+    lost = replace(runner.config.data, tokenizer="/nowhere/tokenizer")
+    with pytest.raises(ValueError, match=r"data\.tokenizer='/nowhere/tokenizer' is no folder here"):
+        load_parameters(parts_of(GrugRunner(replace(runner.config, data=lost))))
     other = GrugRunner(make_run(eval=FEW, trainer={"seed": 3}))
     for use in (other.restore, lambda: other.save(other.init_state())):
         with pytest.raises(CheckpointMismatchError, match=r"trainer\.seed: stored 0, wanted 3"):

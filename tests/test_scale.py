@@ -10,7 +10,7 @@ from grug_native.mesh import constrain
 from grug_native.metrics import parameter_counts
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
-PLAIN = replace(SMALL_MODEL, attention="reference", cross_entropy="blockwise", remat="none")
+PLAIN = replace(SMALL_MODEL, attention="reference", remat="none")
 SCANNED = replace(PLAIN, scan_layers=True, remat="full", num_layers=3)
 COUNTS = parameter_counts(SCANNED)
 
@@ -72,12 +72,12 @@ def test_a_loop_without_an_end_is_refused() -> None:
 
 
 def compile_and_read(make_run: MakeRun, **sections: object) -> ScaleReport:
-    return report(make_run(**{"model": SCANNED} | sections), jax.devices())
+    return report(make_run(**{"model": SCANNED, "trainer": {"cross_entropy": "blockwise"}} | sections), jax.devices())
 
 
 def test_a_step_gathers_each_weight_once_a_pass_and_scatters_its_gradient(make_run: MakeRun) -> None:
     found = compile_and_read(make_run)
-    blocks, ends = COUNTS["attention"] + COUNTS["mlp"], COUNTS["embed"] + COUNTS["lm_head"]
+    blocks, ends = COUNTS["blocks.attn"] + COUNTS["blocks.mlp"], COUNTS["embed"] + COUNTS["lm_head"]
     assert found.ideal == 4 * 3 * (blocks + ends) * 3 / 4
     # The embedding and the head are not needed again in the backward pass.
     assert found.received["all-gather"] == 4 * (2 * blocks + ends) * 3 / 4

@@ -124,6 +124,28 @@ def test_with_nothing_to_lose_the_first_signal_ends_native_code_too(number: sign
         assert child.wait(timeout=10) == code
 
 
+def test_a_signal_is_heard_while_nobody_reads_what_is_said() -> None:
+    code = """
+import logging, os
+from grug_native.signals import StopSignal
+logging.basicConfig()
+with StopSignal() as stop:
+    stop.nothing_to_lose = True
+    print("ready", flush=True)
+    while True:
+        logging.warning("x" * 10_000)  # The pipe is full soon, and the lock of the log is held for ever.
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        try:
+            assert child.wait(timeout=10) == 130
+        finally:
+            child.kill()
+
+
 def test_a_signal_that_arrives_twice_at_once_is_one() -> None:
     """As under `uv run`, which passes on to its child what the whole process group has been sent."""
     with in_native_code() as child:

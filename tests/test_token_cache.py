@@ -13,7 +13,10 @@ from levanter.data.text.datasets import ConcatDatasetComponent, DatasetComponent
 from levanter.data.text.formats import PrebuiltLmDatasetFormat
 from levanter.store.cache import CacheLedger, CacheMetadata, SerialCacheWriter
 
-from grug_native.token_cache import data_fingerprint, spaces_before_eos, verify_caches
+from grug_native.cache_vocabulary import VOCABULARY_RECORD
+from grug_native.corpus import local_text_data
+from grug_native.token_cache import build_train_caches, data_fingerprint, spaces_before_eos, verify_caches
+from tests.fixtures_data import make_text
 
 
 @pytest.fixture
@@ -191,6 +194,61 @@ def test_spaces_are_only_in_the_texts_of_levanter(older_corpus: LmDataConfig) ->
     ):
         data = replace(older_corpus, components={"one": component}, train_weights=None)
         assert spaces_before_eos(data, "one", "train") == spaces
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path: Path) -> str:
+    """As many tokens as in the small corpus, which mean other words."""
+    (tmp_path / "other.txt").write_text(make_text(3, 400).upper())
+    cfg = local_text_data({"other": tmp_path / "other.txt"}, cache_dir=tmp_path / "other", vocab_size=300)
+    return cfg.tokenizer
+
+
+def test_a_cache_of_another_tokenizer_is_refused(corpus_copy: LmDataConfig, other_tokenizer: str) -> None:
+    wrong = replace(corpus_copy, tokenizer=other_tokenizer)
+    match = r"component 'caves', train split: the token cache .* was made by another tokenizer than data\.tokenizer="
+    with pytest.raises(ValueError, match=match) as caught:
+        verify_caches(wrong)
+    assert "damaged" not in str(caught.value) and other_tokenizer in str(caught.value)
+    for split in ("train", "validation"):
+        for name in ("caves", "clubs"):
+            (Path(str(corpus_copy.cache_dir)) / name / split / VOCABULARY_RECORD).unlink()
+    verify_caches(corpus_copy)
+    with pytest.raises(ValueError, match=match):  # The tokenizer whose name the ledger records says so too.
+        verify_caches(wrong)
+
+
+def test_a_copy_of_the_tokenizer_is_the_same_tokenizer(corpus_copy: LmDataConfig, tmp_path: Path) -> None:
+    copied = shutil.copytree(corpus_copy.tokenizer, tmp_path / "copied")
+    file = copied / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
+    verify_caches(replace(corpus_copy, tokenizer=str(copied)))
+
+
+def test_a_tokenizer_that_cannot_be_compared_is_named_once(
+    older_corpus: LmDataConfig, tmp_path: Path, other_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = shutil.copytree(str(older_corpus.cache_dir), tmp_path / "cache")  # No corpus is around it.
+    gone = _edit_ledger(lambda ledger: ledger["metadata"]["preprocessor_metadata"].update(tokenizer="/gone"))
+    for name in ("caves", "clubs"):
+        for split in ("train", "validation"):
+            gone(cache / name / split)
+    verify_caches(replace(older_corpus, cache_dir=str(cache), tokenizer=other_tokenizer))
+    [said] = caplog.messages
+    assert "caves (train), clubs (train), caves (validation), clubs (validation)" in said and other_tokenizer in said
+
+
+def test_a_cache_that_levanter_builds_is_recorded(corpus_copy: LmDataConfig, other_tokenizer: str) -> None:
+    built = replace(corpus_copy, auto_build_caches=True)
+    shutil.rmtree(_cache(corpus_copy))
+    build_train_caches(built)
+    assert (_cache(corpus_copy) / VOCABULARY_RECORD).exists()
+    _edit_ledger(lambda ledger: ledger["metadata"]["preprocessor_metadata"].update(tokenizer=other_tokenizer))(
+        _cache(corpus_copy)
+    )  # As if other tokens had been written there since, under the same name.
+    verify_caches(built)
+    with pytest.raises(ValueError, match="was made by another tokenizer"):
+        verify_caches(replace(built, tokenizer=other_tokenizer))
 
 
 def test_a_cache_needs_a_place() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from grug_native.process import prepare_process, set_gpu_flags
+from grug_native.process import end_at_ctrl_c, prepare_process, set_gpu_flags
 
 _DESCRIPTION = """\
 Train language models, and look at what came of it.
@@ -248,6 +248,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 def program() -> int:
     """`grug`, as a process of its own."""
+    end_at_ctrl_c()
     if sys.argv[1:2] == ["train"]:
         prepare_process()
     set_gpu_flags()

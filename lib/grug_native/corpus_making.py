@@ -1,6 +1,7 @@
 """What surrounds the making of a corpus: a hidden folder that no kill leaves for ever, Ctrl-C at any time, progress."""
 
 import atexit
+import errno
 import logging
 import os
 import re
@@ -13,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import final
 
+from grug_native.process import tidied_at_ctrl_c
 from grug_native.run_folder import RunLock, RunLockedError
 
 _SCRATCH = re.compile(r"\.[0-9a-f]{16}-[a-z0-9_]{8}")
@@ -38,10 +41,34 @@ def scratch_folder(corpora: Path, key: str) -> Generator[Path]:
             break
         lock.release()
     try:
-        yield folder
+        with tidied_at_ctrl_c(partial(shutil.rmtree, folder, ignore_errors=True)):
+            yield folder
     finally:
         shutil.rmtree(folder)
         lock.release()
+
+
+def check_place(corpora: Path) -> None:
+    """Refuses, before texts are read for long, a folder for corpora that cannot be written to, with an `OSError`."""
+    place = next(folder for folder in (corpora.absolute(), *corpora.absolute().parents) if folder.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        message = f"no corpus can be made there ({error.strerror}): start from a folder that can be written to"
+        raise OSError(error.errno, message, str(corpora)) from error
+
+
+@contextmanager
+def full_disk_told(corpora: Path) -> Generator[None]:
+    """Makes one `OSError`, with the way out, of what libraries and processes say of a full disk."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                way_out = "what was made of the corpus is removed; free some space, and run the same command again"
+                raise OSError(number, f"{os.strerror(number)}: {way_out}", str(corpora)) from error
+        raise
 
 
 def sweep_scratch(corpora: Path) -> None:

@@ -22,9 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grug_native.cache_vocabulary import record_vocabulary
 from grug_native.corpus_making import (
     Heartbeat,
     die_with_parent,
+    full_disk_told,
     interruptible,
     run_module,
     scratch_folder,
@@ -138,7 +140,7 @@ def materialize(
     logger.info("making a corpus of %s, once: texts, tokenizer, token caches", ", ".join(domains))
     start = time.monotonic()
     corpora.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(corpora, key) as scratch:
+    with full_disk_told(corpora), scratch_folder(corpora, key) as scratch:
         made = scratch / key
         counts = _write_texts(made, domains)
         if sources is not None:
@@ -172,8 +174,11 @@ def _key(inputs: Mapping[str, object], vocab_size: int, tokenizer: str | Path | 
 def kept_tokenizer(
     cache_dir: str | Path, inputs: Mapping[str, object], vocab_size: int, kept: str | Path | None
 ) -> str | Path | None:
-    """Returns `kept`, a run's own tokenizer, if a new one for these inputs would be, or is, another; else None."""
-    if kept is None:
+    """Returns `kept`, a run's own tokenizer, if a new one for these inputs would be, or is, another; else None.
+
+    One that has been deleted is made anew: of the same texts it is the same, and who resumes the run compares them.
+    """
+    if kept is None or (Path(kept).is_absolute() and not Path(kept).is_dir()):
         return None
     new, old = (
         folder / "tokenizer.json"
@@ -251,7 +256,8 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
     from levanter.store.cache import CacheMetadata, SerialCacheWriter
     from levanter.tokenizers import load_tokenizer
 
-    tokenize = DocumentTokenizer(load_tokenizer(tokenizer), recorded_tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    tokenize = DocumentTokenizer(loaded, recorded_tokenizer)
     metadata = CacheMetadata(preprocessor_metadata=tokenize.metadata)
     heartbeat, done = Heartbeat("tokenizing"), 0
     for domain, splits in counts.items():
@@ -273,6 +279,7 @@ def _write_caches(root: Path, counts: Counts, tokenizer: str, recorded_tokenizer
                     writer.write_batch([{"input_ids": row} for row in rows])
                     count["tokens"] += sum(map(len, rows))
             (folder / EOS_FOLLOWS_TEXT).touch()
+            record_vocabulary(str(folder), loaded)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

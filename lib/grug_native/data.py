@@ -35,7 +35,7 @@ from grug_native.faults import fault_point
 from grug_native.mesh import BATCH_AXES
 from grug_native.mixture import check_mixture
 from grug_native.shell import offer
-from grug_native.token_cache import cache_parts, token_field, verify_caches, wait_for
+from grug_native.token_cache import build_train_caches, cache_parts, token_field, verify_caches, wait_for
 
 BATCH_AXIS = "__BATCH__"
 """Name of the batch axis in the axis mapping of a loader, as levanter's grug code spells it."""
@@ -115,7 +115,7 @@ def build_train_dataset(
         )
     check_mixture(cfg.train_weights, cfg.mixture_block_size, batch_schedule.global_data_offset_by_step)
     verify_caches(cfg)
-    caches = cfg.build_caches("train")
+    caches = build_train_caches(cfg)
     datasets = cfg.build_token_datasets(caches, Pos, split="train")
     for name, dataset in datasets.items():
         if dataset.is_finite() and blocking_wait(dataset.async_len()) == 0:

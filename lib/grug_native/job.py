@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from grug_native.cli_errors import explained_exit
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
 from grug_native.parts import load_tokenizer
-from grug_native.process import prepare_process
+from grug_native.process import end_at_ctrl_c, prepare_process
 from grug_native.progress import configure_logging
 from grug_native.results import RunResults, read_results, summarize_run, write_results
 from grug_native.run_folder import RESULTS_FILE, local_path
@@ -87,5 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_at_ctrl_c()
     prepare_process()
     main()

@@ -1,9 +1,16 @@
 """What a program asks of its process before anything heavy is imported, in variables that the user may also set."""
 
 import os
+import signal
+import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 TUNABLES_VARIABLE = "GLIBC_TUNABLES"
 """Environment variable from which glibc takes its settings, once, as a process starts."""
@@ -21,6 +28,70 @@ GPU_FLAGS = {
 """XLA's settings for GPUs, each with what was measured. One that the user sets, to whatever value, is left alone."""
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_SECONDS_TO_TIDY = 1.0
+_SECONDS_TO_SAY = 0.3
+
+_tidying: list[Callable[[], object]] = []
+
+
+def end_at_ctrl_c() -> None:
+    """Has Ctrl-C end this process at once, with 130, wherever its main thread is; call it before heavy imports.
+
+    Python would raise `KeyboardInterrupt` between two bytecodes of the main thread. What is deep in foreign code, to
+    compile or to load a library, hears nothing for seconds; and raised in the middle of an import, it is swallowed, or
+    aborts the process. So a thread watches for the signal through a file descriptor that the C-level handler writes to,
+    tidies up (see `tidied_at_ctrl_c`), and ends the process. While a `StopSignal` is entered, that hears the signals in
+    its place. Where SIGINT is ignored, or somebody else's, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    watched, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _stand_still)
+    threading.Thread(target=_watch, args=(watched, told), name="grug-ctrl-c", daemon=True).start()
+
+
+@contextmanager
+def tidied_at_ctrl_c(tidy: Callable[[], object]) -> Generator[None]:
+    """Has `tidy` called, in another thread, where Ctrl-C ends the process from within (see `end_at_ctrl_c`)."""
+    _tidying.append(tidy)
+    try:
+        yield
+    finally:
+        _tidying.remove(tidy)
+
+
+def say_soon(say: Callable[[], object]) -> None:
+    """Calls what writes a message, and waits for it only a moment: whoever should read it may never do so."""
+    _call_within(_SECONDS_TO_SAY, say)
+
+
+def _call_within(seconds: float, call: Callable[[], object]) -> None:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _watch(watched: socket.socket, told: socket.socket) -> None:
+    with watched, told:
+        while watched.recv(1)[0] != signal.SIGINT:
+            pass
+        for tidy in reversed(_tidying):
+            _call_within(_SECONDS_TO_TIDY, tidy)
+        say_soon(_flush)
+        os._exit(128 + signal.SIGINT)
+
+
+def _stand_still(number: int, frame: FrameType | None) -> None:
+    """Keeps the main thread from what is being tidied up."""
+    time.sleep(_SECONDS_TO_TIDY + _SECONDS_TO_SAY)
+    os._exit(128 + number)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
 
 
 def prepare_process() -> None:

@@ -16,7 +16,7 @@ from grug_native.checkpoint_metadata import (
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
 from grug_native.data_record import add_record
 from grug_native.language_model import LanguageModel
-from grug_native.parts import RunParts
+from grug_native.parts import RunParts, load_tokenizer
 from grug_native.resume import checkpoints_folder, run_identity
 from grug_native.run_folder import committed_steps, find_checkpoint, local_path, step_name
 from grug_native.state import GrugTrainState
@@ -116,6 +116,7 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
         changed = [d for d in changed if d.name not in COSMETIC_FIELDS]
         if changed:
             raise CheckpointMismatchError(f"{path} is of another model:", changed)
+    load_tokenizer(parts.config.data)
     if metadata.tokenizer_digest != tokenizer_digest(parts.config.data):
         raise CheckpointMismatchError(
             f"data.tokenizer={parts.config.data.tokenizer!r} is not the tokenizer that {path} was trained with, and "

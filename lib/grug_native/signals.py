@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from grug_native.process import say_soon
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +74,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.nothing_to_lose = False
         """Whether what has been done is on disk or done anew in no time: then the first signal may end the process at
-        once, wherever the main thread is, if it does not ask within a second. Never in an interactive session."""
+        once, wherever the main thread is, if it does not ask soon. Never in an interactive session."""
         self._signal: signal.Signals | None = None
         self._agreed = False
         self._synced = jax.distributed.is_initialized() and bool(jax.config.values["jax_enable_preemption_service"])
@@ -140,28 +142,36 @@ class StopSignal:
                 first = time.monotonic()
                 self._signal = signal.Signals(numbers[0])
                 if self._synced:
-                    logger.warning("%s: saving at the next step; a second SIGINT ends this at once", self._signal.name)
+                    _warn("%s: saving at the next step; a second SIGINT ends this at once", self._signal.name)
                     os.kill(os.getpid(), signal.SIGTERM)
                     continue
-                logger.warning("%s: saving at the next step; another one ends this at once", self._signal.name)
                 if self.nothing_to_lose and not hasattr(sys, "ps1"):
-                    leave = threading.Timer(_SECONDS_APART, self._leave, [self._signal])
+                    leave = threading.Timer(_SECONDS_TO_ASK, self._leave, [self._signal])
                     leave.daemon = True
                     leave.start()
+                _warn("%s: saving at the next step; another one ends this at once", self._signal.name)
 
     def _leave(self, number: signal.Signals) -> None:
         if self.nothing_to_lose and self._wakeup is not None:
-            logger.warning("%s: there is nothing to save yet", number.name)
+            _warn("%s: there is nothing to save yet", number.name)
             os._exit(128 + number)
 
 
 _SECONDS_APART = 1.0
 """Signals that come closer are one."""
 
+_SECONDS_TO_ASK = 0.3
+"""With nothing to lose, a main thread that has not asked by then is in foreign code."""
+
 _questions = itertools.count()
 """Never begun anew: JAX agrees on the number of the question at which all processes are told."""
 
 _entered: ContextVar[StopSignal | None] = ContextVar("grug_stop_signal", default=None)
+
+
+def _warn(message: str, name: str) -> None:
+    """Logs a message. What the main thread writes may be held up, and holds the lock of the log meanwhile."""
+    say_soon(lambda: logger.warning(message, name))
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

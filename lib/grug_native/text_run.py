@@ -17,6 +17,7 @@ import jax
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_from_dict, config_to_dict
 from grug_native.corpus import data_of_files, domain_name
+from grug_native.corpus_making import check_place
 from grug_native.corpus_store import SOURCES_FILE, file_digest
 from grug_native.documents import find_files, read_documents
 from grug_native.eval_config import GrugEvalConfig
@@ -189,7 +190,10 @@ def _sections(tokens: int, output_path: str) -> dict[str, Any]:
 def _survey(files: Sequence[Path], text_key: str, corpora: Path) -> Survey:
     digests = [file_digest(file) for file in files]
     known = known_survey(sorted(corpora.glob(f"*/{SOURCES_FILE}")), files, digests, text_key)
-    return take_survey(files, digests, text_key) if known is None else known
+    if known is not None:
+        return known
+    check_place(corpora)
+    return take_survey(files, digests, text_key)
 
 
 def _say_what_was_read(path: Path, found: FoundFiles, survey: Survey) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import jax
 import numpy as np
 import tensorstore as ts
 from levanter.data.text.datasets import (
@@ -28,6 +29,7 @@ from levanter.tensorstore_serialization import build_kvstore_spec
 from levanter.utils.thread_utils import blocking_wait
 from rigging.filesystem.storage_path import StoragePath
 
+from grug_native.cache_vocabulary import check_vocabulary, record_vocabulary, vocabulary_digest
 from grug_native.corpus_store import RECORD_FILE
 from grug_native.shell import offer
 from grug_native.text_tokens import EOS_FOLLOWS_TEXT
@@ -93,12 +95,14 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
     """Checks that every token cache is whole: ledger, array lengths, and each shard file up to its end.
 
     Reads one chunk of each shard file, never all of it. A cache that levanter has yet to build is passed over.
-    A corpus of an older version is as good as a new one, and is named in the log.
+    A corpus of an older version is as good as a new one, and is named in the log; and so are caches made by a tokenizer
+    that is no longer to be had for a comparison.
 
     Raises:
-        ValueError: names the component, the file and the way out.
+        ValueError: names the component, the file and the way out; also where another tokenizer made a cache.
     """
     older: set[Path] = set()
+    unknown: list[str] = []
     for split in splits:
         for name, component in cfg.components.items():
             for part, cached in cache_parts(name, component):
@@ -116,7 +120,13 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
                         f"component {part!r}, {split} split: the token cache {path} is damaged: {error}\n"
                         f"{_way_out(cfg, path)}"
                     ) from error
-                if (corpus := _corpus_of(path)) is not None and _space_before_eos(cfg, cached, path):
+                corpus, made = _corpus_of(path), CacheLedger.load(path).metadata.preprocessor_metadata or {}
+                try:
+                    if not check_vocabulary(cfg, path, made.get("tokenizer"), corpus):
+                        unknown.append(f"{part} ({split})")
+                except ValueError as error:
+                    raise ValueError(f"component {part!r}, {split} split: {error}") from error
+                if corpus is not None and _space_before_eos(cfg, cached, path):
                     older.add(corpus)
     for corpus in sorted(older):
         logger.warning(
@@ -124,6 +134,27 @@ def verify_caches(cfg: LmDataConfig, splits: tuple[Split, ...] = ("train", "vali
             "It is read as it is; a corpus that is made anew has no such space",
             corpus,
         )
+    if unknown:
+        logger.warning(
+            "the token caches of %s were made by a tokenizer of another name than data.tokenizer=%s, which is not to "
+            "be had for a comparison: they are read as if this one had made them",
+            ", ".join(unknown),
+            cfg.tokenizer,
+        )
+
+
+def build_train_caches(cfg: LmDataConfig) -> dict[str, TreeCache[dict[str, np.ndarray]]]:
+    """The training split's `build_caches` of levanter. What that makes is recorded as made by the config's tokenizer.
+
+    Raises:
+        ValueError, FileNotFoundError: if a cache is not there and cannot be built.
+    """
+    unmade = unmade_caches(cfg)
+    caches = cfg.build_caches("train")
+    if jax.process_index() == 0:
+        for name in unmade:
+            record_vocabulary(caches[name].cache_dir, cfg.the_tokenizer)
+    return caches
 
 
 def spaces_before_eos(cfg: LmDataConfig, name: str, split: Split) -> bool:
@@ -283,8 +314,7 @@ def tokenizer_digest(cfg: LmDataConfig) -> str:
     file = StoragePath(f"{cfg.tokenizer}/tokenizer.json")
     if file.exists():
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    tokenizer = cfg.the_tokenizer
-    return _json_digest([sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id])
+    return vocabulary_digest(cfg.the_tokenizer)
 
 
 def _component_digest(cache: TreeCache[dict[str, np.ndarray]], field: str) -> str:

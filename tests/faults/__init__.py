@@ -1,4 +1,4 @@
-"""Whole runs under the faults of the list below, F1 to F43.
+"""Whole runs under the faults of the list below, F1 to F44.
 
 What must hold after any one of them: the run goes on from its newest sound checkpoint, and its record (step, exact bits
 of the loss, learning rate, gradient norm, digest of the batch) and final state equal those of a run that nobody
@@ -37,4 +37,5 @@ it mounts disks), and `python -m tests.faults.soak` the kill soak: 50 of them.
 | F36 another version of the format | test_damage |
 | F38 a renamed folder, F39 a copied one, F40 a moved project | test_moves; paths: tests/test_run_place.py |
 | F41 a pipe that nobody reads, F42 and F43 Ctrl-C in each phase of a start | test_terminals; tests/test_streams.py |
+| F44 no room, or no leave, for a corpus | test_disks |
 """

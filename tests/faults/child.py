@@ -26,6 +26,7 @@ from grug_native.corpus import local_text_data
 from grug_native.eval_config import GrugEvalConfig
 from grug_native.job import initialize_distributed
 from grug_native.optimizer import AdamWConfig
+from grug_native.process import end_at_ctrl_c
 from grug_native.progress import configure_logging
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
@@ -72,6 +73,7 @@ def fit(job: Job) -> None:
     if job.directory is not None:
         os.chdir(job.directory)
     if job.command:
+        end_at_ctrl_c()
         sys.exit(cli.main(job.command))
     try:
         initialize_distributed()

@@ -5,9 +5,10 @@ offline, in a few minutes. The real sizes train on FineWeb-Edu with the Llama 3 
 `--executor` runs the same as a step of Marin's executor. To try something else, copy this file and change it.
 """
 
-from grug_native.process import prepare_process
+from grug_native.process import end_at_ctrl_c, prepare_process
 
 if __name__ == "__main__":
+    end_at_ctrl_c()
     prepare_process()  # It starts the program again: before anything heavy is imported.
 
 import argparse
