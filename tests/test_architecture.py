@@ -24,6 +24,7 @@ DESIGNED = (
 
 TESTED_WITH = {
     "__init__": "readme",
+    "cache_vocabulary": "token_cache",
     "checkpoint_commands": "cli",
     "cli_errors": "cli",
     "commands": "cli",

@@ -19,7 +19,7 @@ from grug_native.language_model import (
 )
 from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import Transformer
-from tests.fixtures_run import SMALL_MODEL
+from tests.fixtures_run import SMALL_MODEL, without_runtime_types
 from tests.tolerance import assert_close
 
 
@@ -51,7 +51,10 @@ def test_what_does_not_say_what_it_is_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"parameter \.secret does not say what it is: declare its field with eqx"):
         parameter_kinds(Silent(jnp.ones(3)))
-    with pytest.raises(ValueError, match=r"weight\('bias'\) is of no known kind: choose one of embedding"):
+    with (
+        without_runtime_types(),
+        pytest.raises(ValueError, match=r"weight\('bias'\) is of no known kind: choose one of embedding"),
+    ):
         weight("bias")  # pyright: ignore[reportArgumentType]  # a wrong word, given on purpose
 
 
