@@ -14,7 +14,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["NPROC"] = "16"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-# What one process has compiled, all others load: for a small model, compiling takes far longer than training.
+# What one process of a worker has compiled, its others load: for a small model, compiling takes far longer than training.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without a bound JAX takes no lock, and reads what another process has half written.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)
@@ -25,6 +25,9 @@ if FOLDER is not None:
         sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = f"{FOLDER.name}/bytecode"
         sys.dont_write_bytecode = False
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+else:
+    # A folder for each worker: on a busy machine they would wait for each other's lock longer than JAX has patience.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
 pytest_plugins = ["tests.fixtures_data", "tests.fixtures_run"]
 

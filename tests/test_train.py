@@ -1,22 +1,25 @@
 from dataclasses import replace
-from typing import Any
+from typing import Any, override
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxtyping import Array, Float, Int, PyTree
 from levanter.data.text.examples import GrugLmExample
 
 from grug_native import train as train_module
-from grug_native.language_model import Aux, LanguageModel
+from grug_native.language_model import Aux, FlopsPerToken, LanguageModel
 from grug_native.loss import next_token_loss
-from grug_native.mesh import MeshAxes, create_mesh
+from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
+from grug_native.model import GrugModelConfig, Transformer
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.schedule import ScheduleConfig
 from grug_native.state import GrugTrainState, init_train_state
-from grug_native.train import GrugStepConfig, StepMetrics, train_step
-from grug_native.types import LmBatch, Scalar
+from grug_native.train import CompiledStep, GrugStepConfig, PlainBatch, StepMetrics, train_step
+from grug_native.types import AttentionMask, LmBatch, Scalar
 from tests.fixtures_run import SMALL_MODEL, llama, make_batch
 from tests.tolerance import assert_close, gradient_terms, loss_terms
 
@@ -139,3 +142,82 @@ def test_one_executable_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> No
         batch = make_batch(step, seq_len=16 if step < 3 else 24)
         state, _ = train_step(again, state, batch, config=GrugStepConfig())
     assert traces == [16, 24]
+
+
+class Chatty(LanguageModel):
+    """A model with a loss and numbers of its own."""
+
+    inner: Transformer
+    config: GrugModelConfig = eqx.field(static=True)
+
+    @override
+    def hidden(
+        self, tokens: Int[Array, "B S"], mask: AttentionMask, *, cache: PyTree | None = None
+    ) -> tuple[Float[Array, "B S D"], Aux, PyTree | None]:
+        states, _, cache = self.inner.hidden(tokens, mask, cache=cache)
+        norm = jnp.sum(jnp.square(self.inner.final_norm.weight))
+        return states, Aux({"toy/gains": 0.5 * norm}, {"toy/vector": jnp.arange(2.0), "toy/norm": norm}), cache
+
+    @override
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        return self.inner.unembed(hidden)
+
+    @override
+    def init_cache(self, batch: int, length: int, dtype: str) -> PyTree:
+        return self.inner.init_cache(batch, length, dtype)
+
+    @override
+    def flops_per_token(self, seq_len: int) -> FlopsPerToken:
+        return self.inner.flops_per_token(seq_len)
+
+
+def test_a_models_own_losses_are_added_and_its_numbers_reported() -> None:
+    plain, batch = init(), make_batch()
+    talking = Chatty(inner=llama(plain.params), config=SMALL_MODEL)
+    chatty = eqx.tree_at(
+        lambda state: (state.params, state.opt_state),
+        plain,
+        (talking, OPTIMIZER.init(talking)),
+    )
+    chatty = jax.tree.map(jnp.copy, chatty)  # A step takes the memory of what it is given.
+    _, quiet = train_step(OPTIMIZER, plain, batch)
+    state, metrics = train_step(OPTIMIZER, chatty, batch)
+    assert_close(metrics.loss, quiet.loss + 0.5 * 32, terms=LOSS_TERMS)
+    assert {name: np.asarray(value).tolist() for name, value in metrics.extra.items()} == {
+        "toy/gains": 16.0,
+        "toy/norm": 32.0,
+        "toy/vector": [0.0, 1.0],
+    }
+    assert isinstance(state.params, Chatty)
+    assert float(state.params.inner.final_norm.weight.max()) < 1  # The loss of its own has a gradient.
+
+
+def test_norms_are_measured_every_so_many_steps_under_levanters_names() -> None:
+    _, metrics = run(3, GrugStepConfig(watch_every=2))
+    first, second, third = (m.extra for m in metrics)
+    assert first.keys() == second.keys() == third.keys()
+    kinds = {name.split("/", 2)[0] for name in first}
+    assert kinds == {"grad", "params", "updates"}
+    assert {"grad/norm/blocks.1.attn.wq", "params/norm/embed", "updates/norm/final_norm.weight"} <= first.keys()
+    assert all(np.isnan(value) for value in second.values())
+    of_gradients = [float(value) for name, value in third.items() if name.startswith("grad/")]
+    assert_close(np.linalg.norm(of_gradients), metrics[2].grad_norm, terms=len(of_gradients) * 9600)
+
+
+@pytest.mark.parametrize("axes", [MeshAxes(data=4), MeshAxes(data=2, model=2)])
+def test_a_step_that_was_compiled_ahead_does_the_same(axes: MeshAxes) -> None:
+    mesh = create_mesh(4, axes)
+    with jax.set_mesh(mesh):
+        shape = eqx.filter_eval_shape(init_train_state, SMALL_MODEL, OPTIMIZER, key=jax.random.key(0))
+
+        def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = leaf.sharding.spec if isinstance(leaf.sharding, jax.NamedSharding) else jax.P()
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        packed = PlainBatch.abstract(4, 32, packed=True, sharding=batch_sharding(mesh))
+        step = CompiledStep(OPTIMIZER, jax.tree.map(on_mesh, shape), packed, GrugStepConfig())
+        batch = jax.device_put(make_batch(packed=True), batch_sharding(mesh))
+        state, metrics = step(init(), batch)
+        expected, of_expected = train_step(OPTIMIZER, init(), batch)
+    assert metrics.loss == of_expected.loss
+    assert eqx.tree_equal(state.params, expected.params)
