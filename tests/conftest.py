@@ -14,7 +14,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["NPROC"] = "16"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-# What one process of a worker has compiled, its others load: for a small model, compiling takes far longer than training.
+# What one process of a worker has compiled, its others load: a small model compiles far longer than it trains.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without a bound JAX takes no lock, and reads what another process has half written.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)

@@ -132,7 +132,7 @@ def test_f18_another_number_of_devices(half: Run, whole: Run) -> None:
     assert [row["data/batch_digest"] for row in rows] == [row["data/batch_digest"] for row in wanted]
     for row, other in zip(rows, wanted, strict=True):
         assert_close(row["train/loss"], other["train/loss"], terms=len(rows) * loss_terms(SMALL_MODEL, 4 * 32, 32))
-    assert half.metadata(8).mesh == {"replica_dcn": 1, "data": 2, "model": 1}
+    assert half.metadata(8).mesh == {"replica_dcn": 1, "data": 2, "expert": 1, "model": 1}
 
 
 def test_f33_stepping_back(server: ForkServer, whole: Run, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_run_is_handed_from_mesh_to_mesh(server: ForkServer, tmp_path: Path) -
     alone, run = (server.run(tmp_path / name, eight) for name in ("alone", "handed"))
     alone.fit().expect(0)
     for step, (axes, processes, devices) in enumerate(LEGS):
-        mesh = {"replica_dcn": 1, "data": 1, "model": 1} | axes
+        mesh = {"replica_dcn": 1, "data": 1, "expert": 1, "model": 1} | axes
         run.edit({f"trainer.mesh.{axis}": size for axis, size in mesh.items()})
         said = together(run, processes, devices, stop_after=step + 1)
         # What is loaded is digested on the new mesh, and has to be what was saved from the old one.
@@ -80,7 +80,7 @@ def expect_the_same(run: Run, other: Run) -> None:
 
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_compiled(server: ForkServer, tmp_path: Path) -> None:
     run = server.run(tmp_path / "run", {"trainer.mesh.data": 3})
-    run.fit(devices=4).expect(2, "a mesh of replica_dcn=1, data=3, model=1 does not fit 4 device(s)", "set one of them")
+    run.fit(devices=4).expect(2, "a mesh of replica_dcn=1, data=3, expert=1, model=1 does not fit 4 device(s)", "set one of them")
     run.edit({"trainer.mesh.data": -1}).fit(devices=8).expect(2, "train_batch_size=4 does not divide over 8", "use 8")
 
 
