@@ -4,9 +4,8 @@ No token is dropped. Tokens are sorted by expert, so that each matrix of experts
 device along `expert` has some of the experts, and computes their share for the tokens of all devices along it.
 
 References:
-    Shazeer et al. 2017 (arXiv 1701.06538); the losses are those of Fedus et al. 2021 (Switch, arXiv 2101.03961) and
-    Zoph et al. 2022 (ST-MoE, arXiv 2202.08906); the shared expert is that of Dai et al. 2024 (DeepSeekMoE, arXiv
-    2401.06066); dropless: Gale et al. 2022 (MegaBlocks, arXiv 2211.15841).
+    The losses: Fedus et al. 2021 (Switch, arXiv 2101.03961), Zoph et al. 2022 (ST-MoE, arXiv 2202.08906). The shared
+    expert: Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066). Dropless: Gale et al. 2022 (MegaBlocks, arXiv 2211.15841).
 """
 
 from dataclasses import dataclass, fields
@@ -69,9 +68,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
-            limit = f"model.num_experts={self.num_experts}"
-            raise ValueError(f"model.experts_per_token={self.experts_per_token} must lie in [1, {limit}]")
-        _ = self.dense
+            raise ValueError(f"model.experts_per_token={self.experts_per_token} must lie in [1, {self.num_experts}]")
+        _ = self.dense  # It checks what both have.
 
     @property
     def dense(self) -> GrugModelConfig:
@@ -85,17 +83,18 @@ class MixtureConfig:
             check_divides(f"model.{name}", getattr(self, name), axis)
         embed, layers, head = jax.random.split(key, 3)
         table, std = (self.vocab_size, self.hidden_dim), self.initializer_std
+        e, d, f = self.num_experts, self.hidden_dim, self.expert_dim
 
         def draw(key: PRNGKeyArray) -> Layer:
             block, *keys = jax.random.split(key, 5)
-            e, d, f = self.num_experts, self.hidden_dim, self.expert_dim
             shapes = (d, e), (e, d, f), (e, d, f), (e, f, d)
             experts = Experts(*(normal(k, shape, std) for k, shape in zip(keys, shapes, strict=True)))
             return Layer(Block.init(self.dense, key=block), experts)
 
         layers = eqx.filter_vmap(draw)(jax.random.split(layers, self.num_layers))
-        norm, lm_head = RMSNorm(jnp.ones(self.hidden_dim)), normal(head, table[::-1], std)
-        return shard_parameters(Mixture(normal(embed, table, std), layers, norm, lm_head, self))
+        table, lm_head = normal(embed, table, std), normal(head, table[::-1], std)
+        norm = RMSNorm(jnp.ones(d))
+        return shard_parameters(Mixture(embed=table, layers=layers, final_norm=norm, lm_head=lm_head, config=self))
 
 
 type Routing = dict[str, Array]
@@ -119,12 +118,12 @@ class Experts(eqx.Module):
         probabilities = jnp.exp(log_probabilities)
         share_of_token, ids = jax.lax.top_k(probabilities, chosen)
         share = jnp.mean((ids[:, :, None] == jnp.arange(number)).astype(jnp.float32), axis=(0, 1))
-        routing = dict(
-            balance=number * jnp.sum(share * jnp.mean(probabilities, axis=0)),
-            z=jnp.mean(jnp.square(jax.nn.logsumexp(scores, axis=-1))),
-            entropy=-jnp.mean(jnp.sum(probabilities * log_probabilities, axis=-1)),
-            share=share,
-        )
+        routing = {
+            "balance": number * jnp.sum(share * jnp.mean(probabilities, axis=0)),
+            "z": jnp.mean(jnp.square(jax.nn.logsumexp(scores, axis=-1))),
+            "entropy": -jnp.mean(jnp.sum(probabilities * log_probabilities, axis=-1)),
+            "share": share,
+        }
         given = tokens, ids, share_of_token.astype(x.dtype)
         gate, up = (gather(w, "expert", None, "model") for w in (self.gate, self.up))
         weights = gate, up, gather(self.down, "expert", "model", None)
@@ -140,7 +139,6 @@ class Experts(eqx.Module):
 type Given = tuple[Float[Array, "T D"], Int[Array, "T k"], Float[Array, "T k"]]
 """Tokens, the experts that each is sent to, and their shares in its output."""
 type Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
-"""Gates, ups and downs."""
 
 
 def _exchange(given: Given, weights: Weights) -> Float[Array, "T D"]:
@@ -217,10 +215,11 @@ class Mixture(LanguageModel):
             )
         positions = jnp.arange(seq_len) if reading is None else reading.positions
         context = Context(rotary_tables(config.rope, features, positions), mask, reading)
+        stacked = self.layers, None if cache is None else cache.layers
         x, (caches, routing) = through_layers(
             lambda x, layer: layer[0](x, context, layer[1], config),
             x,
-            (self.layers, None if cache is None else cache.layers),
+            stacked,
             scan=choose_scan(config.scan_layers, config.num_layers),
             remat=config.remat,
         )
@@ -247,10 +246,9 @@ class Mixture(LanguageModel):
 
     @override
     def flops_per_token(self, seq_len: int) -> FlopsPerToken:
-        config, layers = self.config, self.layers
-        experts = layers.experts.gate.size + layers.experts.up.size + layers.experts.down.size
-        whole = sum(leaf.size for leaf in jax.tree.leaves((layers.block.attn, layers.block.mlp, layers.experts.router)))
-        active = experts * config.experts_per_token // config.num_experts
+        config, layers, routed = self.config, self.layers, self.layers.experts
+        whole = sum(leaf.size for leaf in jax.tree.leaves((layers.block.attn, layers.block.mlp, routed.router)))
+        active = 3 * routed.gate.size * config.experts_per_token // config.num_experts
         features = config.num_layers * config.num_heads * config.dense.features_per_head
         matrices = self.lm_head.size + whole + active
         return transformer_flops(matrices=matrices, attention_features=features, seq_len=seq_len)
