@@ -59,7 +59,6 @@ class MixtureConfig:
     """Weight of the loss that wants all experts to be used alike; it is at least 1 for each layer."""
     router_z_weight: float = 0.0
     """Weight of the squared log-partition of the router."""
-    layer_norm_eps: float = 1e-5
     initializer_std: float = 0.02
     rope: GrugRopeConfig = GrugRopeConfig()
     attention: AttentionName = "auto"
@@ -216,12 +215,9 @@ class Mixture(LanguageModel):
         positions = jnp.arange(seq_len) if reading is None else reading.positions
         context = Context(rotary_tables(config.rope, features, positions), mask, reading)
         stacked = self.layers, None if cache is None else cache.layers
+        scan = choose_scan(config.scan_layers, config.num_layers)
         x, (caches, routing) = through_layers(
-            lambda x, layer: layer[0](x, context, layer[1], config),
-            x,
-            stacked,
-            scan=choose_scan(config.scan_layers, config.num_layers),
-            remat=config.remat,
+            lambda x, layer: layer[0](x, context, layer[1], config), x, stacked, scan=scan, remat=config.remat
         )
         losses = {
             "router/balance_loss": config.balance_weight * jnp.sum(routing["balance"]),
@@ -233,7 +229,7 @@ class Mixture(LanguageModel):
             "router/share": jnp.mean(routing["share"], axis=0),
         }
         longer = None if cache is None or reading is None or caches is None else cache.after(reading, caches)
-        return self.final_norm(x, eps=config.layer_norm_eps), Aux(losses, metrics), longer
+        return self.final_norm(x, eps=config.dense.layer_norm_eps), Aux(losses, metrics), longer
 
     @override
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -247,8 +243,8 @@ class Mixture(LanguageModel):
     @override
     def flops_per_token(self, seq_len: int) -> FlopsPerToken:
         config, layers, routed = self.config, self.layers, self.layers.experts
-        whole = sum(leaf.size for leaf in jax.tree.leaves((layers.block.attn, layers.block.mlp, routed.router)))
+        dense = layers.block.attn, layers.block.mlp, routed.router, self.lm_head
         active = 3 * routed.gate.size * config.experts_per_token // config.num_experts
         features = config.num_layers * config.num_heads * config.dense.features_per_head
-        matrices = self.lm_head.size + whole + active
-        return transformer_flops(matrices=matrices, attention_features=features, seq_len=seq_len)
+        whole = active + sum(leaf.size for leaf in jax.tree.leaves(dense))
+        return transformer_flops(matrices=whole, attention_features=features, seq_len=seq_len)
