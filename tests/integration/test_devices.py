@@ -80,7 +80,9 @@ def expect_the_same(run: Run, other: Run) -> None:
 
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_compiled(server: ForkServer, tmp_path: Path) -> None:
     run = server.run(tmp_path / "run", {"trainer.mesh.data": 3})
-    run.fit(devices=4).expect(2, "a mesh of replica_dcn=1, data=3, expert=1, model=1 does not fit 4 device(s)", "set one of them")
+    run.fit(devices=4).expect(
+        2, "a mesh of replica_dcn=1, data=3, expert=1, model=1 does not fit 4 device(s)", "set one of them"
+    )
     run.edit({"trainer.mesh.data": -1}).fit(devices=8).expect(2, "train_batch_size=4 does not divide over 8", "use 8")
 
 
