@@ -6,8 +6,10 @@ from typing import Any, final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grug_native.attention import Mask
@@ -157,15 +159,20 @@ class CompiledStep:
 
 def _hollow(leaf: jax.ShapeDtypeStruct) -> Array:
     """An array of that shape and sharding, without memory: `filter_jit` takes abstract ones for static arguments."""
-    sharding = leaf.sharding
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.key(0), sharding)
-    assert sharding is not None
-    own = sharding.shard_shape(leaf.shape)
-    parts = [jax.device_put(jnp.zeros(own, leaf.dtype), device) for device in sharding.addressable_devices]
-    array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+        words = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.random.wrap_key_data(_zeros(words.shape, words.dtype, leaf.sharding))
+    array = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
     array.delete()
     return array
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) -> Array:
+    """Made on each device by itself: of several processes, none waits for another here."""
+    assert sharding is not None
+    own = np.zeros(sharding.shard_shape(shape), dtype)
+    parts = [jax.device_put(own, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _step(
