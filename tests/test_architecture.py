@@ -59,7 +59,7 @@ def test_the_layout_is_the_designed_one() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [Path(name) for name in listed.stdout.splitlines()]
     top = {file.parts[0] for file in files if not file.parts[0].startswith(".")}
-    assert top == {"lib", "experiments", "tests", "typings", "pyproject.toml", "README.md", "LICENSE"}
+    assert top == {"lib", "experiments", "tests", "typings", "docs", "pyproject.toml", "README.md", "LICENSE"}
     # The library is one flat package.
     assert {file.parent for file in files if file.parts[0] == "lib"} == {Path("lib/grug_native")}
     names = {module.stem for module in MODULES}
