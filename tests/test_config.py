@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,17 @@ def test_a_seed_has_32_bits(name: str) -> None:
     for seed in (2**70, 2**32, -(2**31) - 1):
         with pytest.raises(ValueError, match=rf"trainer\.{name}={seed} must lie in"):
             GrugTrainerConfig(num_train_steps=1, train_batch_size=1, **{name: seed})
+
+
+def test_a_class_is_found_in_the_folder_where_the_program_starts(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(
+        "from grug_native.optimizer import AdamWConfig\nclass Own(AdamWConfig): pass\n"
+    )
+    program = (
+        "import sys; sys.path.remove('')\n"
+        "from grug_native.config_types import decode_named\n"
+        "print(decode_named('optimizer', {'type': 'mine.own:Own', 'beta1': 0.5}).beta1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "0.5\n", done.stderr

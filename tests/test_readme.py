@@ -44,6 +44,7 @@ SHORTENED = {
 NOT_HERE = {
     "pip install uv": "it needs the network; the machine that runs this has uv",
     "uv sync --extra gpu": "it needs the network",
+    "uv sync --extra tpu": "it needs the network",
     "uv run pytest -n 2": "it is running",
     "uv run pytest tests/faults -m slow_faults": "it needs root, mounts and minutes",
     "uv run ruff format --check": "CI runs it beside the tests",
@@ -168,3 +169,26 @@ def test_every_module_has_its_place_in_the_layout() -> None:
 def test_exit_codes_are_those_of_the_program() -> None:
     told = set(map(int, re.findall(r"^\| (\d) \|", README, re.MULTILINE)))
     assert told == {int(code) for code in ExitCode}
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    named = re.findall(r"\]\((docs/[^)]*)\)", README) + re.findall(r"`(experiments/[\w/.]+)`", README)
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_class_that_is_named_as_a_type_is_there() -> None:
+    for module, name in re.findall(r"`?--\w+\.type (experiments[\w.]+):(\w+)", README):
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_every_field_in_the_table_of_edits_is_in_the_reference() -> None:
+    table = README[README.index("## What do I edit") : README.index("## Your own text")]
+    known = (ROOT / "docs" / "config.md").read_text()
+    fields = [name for name in re.findall(r"--\w+\.([\w.]+)", table) if name.split(".")[-1] != "type"]
+    assert [name for name in fields if f"| `{name.split('.')[-1]}` |" not in known] == ["expert_dim", "shared_dim"]
+
+
+def test_the_diagram_is_short() -> None:
+    (diagram,) = (block for block in blocks("text") if block.startswith("text files"))
+    assert len(diagram.splitlines()) <= 12

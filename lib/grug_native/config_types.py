@@ -1,8 +1,10 @@
 """The sections of a config whose class its file names: `type: muon`, or `type: package.module:Class`."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import draccus
@@ -77,6 +79,9 @@ def _find_class(section: str, name: Any) -> type:
             f"{section}.type={name!r} is unknown: choose one of {', '.join(ours)}, or name a class of yours as "
             "package.module:Class"
         )
+    here = str(Path.cwd())
+    if name not in ours and here not in sys.path:
+        sys.path.append(here)  # `grug` is started from its own folder; last, so that nothing is shadowed.
     try:
         kind = getattr(import_module(module), attribute, None)
     except ModuleNotFoundError as error:
