@@ -27,8 +27,8 @@ Made by `uv run python -m experiments.config_reference > docs/config.md`; a test
 
 A run's config has the sections below and `output_path`, the folder of the run. Each field can be set in YAML and on the
 command line by its dotted name (`--trainer.seed 1`). A type in quotes is one of the words given; `None` is `null` in
-YAML. A field without a default is required. A section that you give in
-part takes the rest from its own table: `embedding: {{learning_rate: 0.01}}` has no `weight_decay: 0` any more.
+YAML. A field without a default is required. A section that is given in part takes its other fields from its own table:
+`embedding: {{learning_rate: 0.01}}` in a file replaces the default `weight_decay: 0` with the optimizer's.
 
 ## data
 
