@@ -146,15 +146,11 @@ class StopSignal:
                     os.kill(os.getpid(), signal.SIGTERM)
                     continue
                 if self.nothing_to_lose and not hasattr(sys, "ps1"):
-                    leave = threading.Timer(_SECONDS_TO_ASK, self._leave, [self._signal])
-                    leave.daemon = True
-                    leave.start()
+                    time.sleep(_SECONDS_TO_ASK)
+                    if self.nothing_to_lose and self._wakeup is not None:
+                        _warn("%s: there is nothing to save yet", self._signal.name)
+                        os._exit(128 + self._signal)
                 _warn("%s: saving at the next step; another one ends this at once", self._signal.name)
-
-    def _leave(self, number: signal.Signals) -> None:
-        if self.nothing_to_lose and self._wakeup is not None:
-            _warn("%s: there is nothing to save yet", number.name)
-            os._exit(128 + number)
 
 
 _SECONDS_APART = 1.0
