@@ -9,6 +9,9 @@ import pytest
 
 import grug_native
 from grug_native.config import GrugNativeRunConfig, config_to_dict
+from grug_native.levanter_optimizer import LevanterOptimizer
+from grug_native.model import GrugModelConfig
+from grug_native.optimizer import AdamWConfig, LionConfig, MuonConfig
 from tests.fixtures_run import MakeRun
 
 LIBRARY = Path(str(grug_native.__file__)).parent
@@ -88,7 +91,8 @@ def test_the_config_has_no_field_for_a_secret() -> None:
             yield item.name
             yield from names(item.type)
 
-    found = set(names(GrugNativeRunConfig))
+    kinds = (GrugNativeRunConfig, GrugModelConfig, AdamWConfig, MuonConfig, LionConfig, LevanterOptimizer)
+    found = {name for kind in kinds for name in names(kind)}
     assert len(found) > 50
     assert [n for n in found if any(word in n for word in ("key", "secret", "password", "credential", "auth"))] == []
 
