@@ -119,6 +119,7 @@ def _run(server: ForkServer, folder: Path, variant: Variant) -> Run:
     return run.edit(sections)
 
 
+@pytest.mark.slow_faults
 def test_a_killed_run_ends_as_an_undisturbed_one(finished: Finished, server: ForkServer, tmp_path: Path) -> None:
     run = _run(server, tmp_path / "run", finished.variant)
     command = ("train", "--config_path", str(run.config))
@@ -133,6 +134,7 @@ def _logits(params: LanguageModel, tokens: Array) -> Array:
     return logits(params, tokens, Mask())
 
 
+@pytest.mark.slow_faults
 def test_greedy_text_is_that_of_the_full_forward_pass(finished: Finished) -> None:
     ids = [7, 250, 3]
     new = generate(finished.state.params, ids, max_new_tokens=12, temperature=0.0)
@@ -142,6 +144,7 @@ def test_greedy_text_is_that_of_the_full_forward_pass(finished: Finished) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow_faults
 def test_it_is_evaluated_and_scored(finished: Finished, tmp_path: Path) -> None:
     metrics = finished.runner.evaluate(finished.state)
     assert 0 < metrics["eval/bpb_exact"] < 20
@@ -173,10 +176,11 @@ def test_it_is_evaluated_and_scored(finished: Finished, tmp_path: Path) -> None:
     tokens = jnp.asarray([row + [0] * (32 - len(row)) for row in rows])
     with jax.set_mesh(finished.runner.mesh):
         table = np.asarray(jax.nn.log_softmax(_logits(finished.state.params, tokens)))
-    wanted = [sum(table[n, at, row[at + 1]] for at in range(len(row) - 1)) for n, row in enumerate(rows)]
+    wanted = [float(sum(table[n, at, row[at + 1]] for at in range(len(row) - 1))) for n, row in enumerate(rows)]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_faults
 def test_its_plan_is_its_own(finished: Finished) -> None:
     plan, model = finished.runner.plan(), finished.variant.model
     assert plan.parameters["total"] == sum(leaf.size for leaf in jax.tree.leaves(finished.state.params))
@@ -186,6 +190,7 @@ def test_its_plan_is_its_own(finished: Finished) -> None:
     assert matrices == {next(g.group for g in plan.routing if g.path.endswith("wq"))}
 
 
+@pytest.mark.slow_faults
 @pytest.mark.parametrize("device", [HOPPER, TPU], ids=["cuda", "tpu"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_its_step_lowers_for_accelerators(name: str, device: Backend) -> None:
