@@ -14,5 +14,5 @@ def test_the_tour_runs_to_its_end(
     assert int(left["state"].step) == 30
     assert (tmp_path / "runs" / "tour" / "loss.png").is_file()
     printed = capfd.readouterr().out
-    for words in ("row 0, 0+", "not finite: None", "stablehlo", "def main(", "'.blocks.attn.wq': 'muon'"):
+    for words in ("row 0, 0+", "not finite: None", "stablehlo", "def main(", "'.blocks.attn.wq': 'muon, rate 0.02"):
         assert words in printed

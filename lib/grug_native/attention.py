@@ -325,6 +325,6 @@ def attention(
         return _cudnn_attention(q, k, v, mask)
     from levanter.grug import attention as levanter_attention
 
-    grug_mask = cast(levanter_attention.AttentionMask, mask)
+    grug_mask = levanter_attention.AttentionMask(mask.is_causal, mask.segment_ids, mask.sliding_window)
     kernel = cast(levanter_attention.GrugAttentionImplementation, name)
     return levanter_attention.attention(q, k, v, grug_mask, implementation=kernel)

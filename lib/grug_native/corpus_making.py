@@ -41,11 +41,17 @@ def scratch_folder(corpora: Path, key: str) -> Generator[Path]:
             break
         lock.release()
     try:
-        with tidied_at_ctrl_c(partial(shutil.rmtree, folder, ignore_errors=True)):
+        with tidied_at_ctrl_c(partial(_remove, folder)):
             yield folder
     finally:
         shutil.rmtree(folder)
         lock.release()
+
+
+def _remove(folder: Path) -> None:
+    """Until it is gone: a thread of a library may still write into it."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_place(corpora: Path) -> None:
