@@ -9,13 +9,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
-from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+from grug_native.evaluation.config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.levanter_optimizer import LevanterOptimizer
-from grug_native.mesh import MeshAxes
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import AdamWConfig, GroupConfig, LionConfig, MuonConfig
 from grug_native.rotary import GrugRopeConfig
 from grug_native.schedule import ScheduleConfig
+from grug_native.sharding import MeshAxes
 
 LEVANTER_DATA = "https://github.com/marin-community/marin/blob/main/lib/levanter/docs/reference/Data-Formats.md"
 """Where levanter documents its data config."""
@@ -27,8 +27,7 @@ Made by `uv run python -m experiments.config_reference > docs/config.md`; a test
 
 A run's config has the sections below and `output_path`, the folder of the run. Each field can be set in YAML and on the
 command line by its dotted name (`--trainer.seed 1`). A type in quotes is one of the words given; `None` is `null` in
-YAML. A field without a default is required. A section that is given in part takes its other fields from its own table:
-`embedding: {{learning_rate: 0.01}}` in a file replaces the default `weight_decay: 0` with the optimizer's.
+YAML. A field without a default is required. A section that is given in part keeps the rest of its default.
 
 ## data
 

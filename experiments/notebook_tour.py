@@ -21,9 +21,9 @@ from grug_native import (
     MuonConfig,
     ScheduleConfig,
 )
-from grug_native.corpus import embedded_corpus
+from grug_native.data.corpus import embedded_corpus
 from grug_native.debug import first_nonfinite
-from grug_native.progress import configure_logging
+from grug_native.tracking.progress import configure_logging
 
 configure_logging()
 shutil.rmtree("runs/tour", ignore_errors=True)

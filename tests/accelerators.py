@@ -7,8 +7,9 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from grug_native import attention, backend, layers, loss, plan, train
-from grug_native.backend import Backend
+from grug_native import attention, layers, loss, plan, train
+from grug_native.kernels import backend
+from grug_native.kernels.backend import Backend
 
 CPU = Backend("cpu")
 HOPPER = Backend("gpu", (9, 0), 80 * 2**30)

@@ -37,7 +37,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> "LmDataConfig":
     """A corpus of two domains, some thousand tokens each, vocabulary 300. Not to be written to."""
-    from grug_native.corpus import local_text_data
+    from grug_native.data.corpus import local_text_data
 
     return local_text_data(
         {"caves": text_folder / "caves", "clubs": text_folder / "clubs"},
@@ -76,6 +76,6 @@ def embedded_corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_corpus_config(embedded_corpora: Path) -> "LmDataConfig":
     """The default corpus, made once a session. Not to be written to."""
-    from grug_native.corpus import embedded_corpus
+    from grug_native.data.corpus import embedded_corpus
 
     return embedded_corpus(embedded_corpora, vocab_size=1024)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
-from grug_native.checkpoint_io import OrbaxCheckpointIO
-from grug_native.checkpoint_metadata import CheckpointMetadata, RunIdentity, describe
+from grug_native.checkpoint.checkpointer import CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint.metadata import CheckpointMetadata, RunIdentity, describe
+from grug_native.checkpoint.orbax_io import OrbaxCheckpointIO
 
 RUN_ID = "small"
 IDENTITY = RunIdentity(

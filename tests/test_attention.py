@@ -6,9 +6,9 @@ import pytest
 from levanter.grug.attention import AttentionMask
 from levanter.grug.attention import reference_attention as levanter_reference
 
-from grug_native.attention import AttentionName, AttentionShape, attention, choose_attention, dense_mask
-from grug_native.backend import Backend
-from grug_native.mesh import BATCH_AXES, MeshAxes, create_mesh
+from grug_native.attention import AttentionName, AttentionShape, attention, dense_mask, resolve_attention
+from grug_native.kernels.backend import Backend
+from grug_native.sharding import BATCH_AXES, MeshAxes, create_mesh
 from tests.accelerators import AMPERE, CPU, HOPPER, TPU, TURING
 from tests.fixtures_run import make_batch
 from tests.tolerance import assert_close, assert_trees_close
@@ -114,12 +114,12 @@ def shape(
 def test_auto_chooses_by_backend_and_shape(
     backend: Backend, asked: AttentionShape, chosen: AttentionName, words: str
 ) -> None:
-    name, reason = choose_attention("auto", asked, backend)
+    name, reason = resolve_attention("auto", asked, backend)
     assert name == chosen and words in reason
 
 
 def test_a_name_is_obeyed() -> None:
-    assert choose_attention("xla_flash", shape(), CPU) == ("xla_flash", "asked for by the config")
+    assert resolve_attention("xla_flash", shape(), CPU) == ("xla_flash", "asked for by the config")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_name_is_obeyed() -> None:
 )
 def test_a_kernel_that_cannot_be_had_is_refused(name: AttentionName, backend: Backend, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
-        choose_attention(name, shape(), backend)
+        resolve_attention(name, shape(), backend)
     assert all(word in str(error.value) for word in words)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grug_native.checkpoint_leaves import (
+from grug_native.checkpoint.leaves import (
     check_leaves,
     leaf_records,
     named_leaves,
@@ -14,7 +14,7 @@ from grug_native.checkpoint_leaves import (
     stored_arrays,
     with_leaves,
 )
-from grug_native.checkpoint_metadata import CheckpointMismatchError
+from grug_native.checkpoint.metadata import CheckpointMismatchError
 from tests.small_state import make_state, state_shape
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from grug_native.checkpoint_metadata import (
+from grug_native.checkpoint.metadata import (
     METADATA_FILE,
     CheckpointMismatchError,
     DamagedCheckpointError,
@@ -16,7 +16,7 @@ from grug_native.checkpoint_metadata import (
     read_metadata,
     write_metadata,
 )
-from grug_native.data_record import DataRecord
+from grug_native.data.record import DataRecord
 from tests.small_state import IDENTITY, make_metadata
 
 LEAVES = {"step": LeafRecord((), "int32", None, "00"), "training_key": LeafRecord((2,), "uint32", "threefry2x32", "11")}

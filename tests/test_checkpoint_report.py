@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from grug_native import checkpoint_commands, checkpoint_report
-from grug_native.checkpoint_metadata import CheckpointError, read_metadata
-from grug_native.checkpoint_report import (
+from grug_native.checkpoint import report as checkpoint_report
+from grug_native.checkpoint.metadata import CheckpointError, read_metadata
+from grug_native.checkpoint.report import (
     checkpoints_table,
     diff_checkpoints,
     diff_table,
@@ -20,7 +20,8 @@ from grug_native.checkpoint_report import (
     metadata_table,
     verify_checkpoint,
 )
-from grug_native.run_folder import set_aside
+from grug_native.cli import ckpt as checkpoint_commands
+from grug_native.host.run_folder import set_aside
 from tests.small_state import make_state, save_step
 
 
@@ -100,7 +101,7 @@ def test_listing_needs_no_array_library_and_verifying_no_orbax(folder: Path) -> 
     code = f"""
 import sys
 from pathlib import Path
-from grug_native.checkpoint_report import list_checkpoints, verify_checkpoint
+from grug_native.checkpoint.report import list_checkpoints, verify_checkpoint
 folder = Path({str(folder)!r})
 assert len(list_checkpoints(folder)) == 4
 assert not {{"orbax", "tensorstore"}} & set(sys.modules), "listing"

@@ -22,10 +22,12 @@ from grug_native.config import (
     save_config,
     with_overrides,
 )
-from grug_native.config_check import DATA_KEYS
-from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+from grug_native.evaluation.config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.levanter_optimizer import LevanterOptimizer
-from grug_native.mesh import MeshAxes
+from grug_native.optimizer import AdamWConfig, GroupConfig
+from grug_native.parsing.check import DATA_KEYS
+from grug_native.parsing.named_types import decode_named
+from grug_native.sharding import MeshAxes
 from tests.fixtures_run import SMALL_MODEL, MakeRun, without_runtime_types
 
 
@@ -228,7 +230,7 @@ def test_batch_stages_count_as_levanters_do(stages: list[tuple[int, int]], step:
     ours = GrugTrainerConfig(num_train_steps=1, train_batch_size=schedule)
     theirs = BatchSchedule([ScheduleStep(start, size) for start, size in schedule])
     assert ours.batch_size_at(step) == theirs.batch_size_at_step(step)
-    assert ours.sequences_before(step) == theirs.global_data_offset_by_step(step)
+    assert ours.data_offset(step) == theirs.global_data_offset_by_step(step)
 
 
 def test_cosmetic_fields_exist(make_run: MakeRun) -> None:
@@ -273,8 +275,13 @@ def test_a_class_is_found_in_the_folder_where_the_program_starts(tmp_path: Path)
     )
     program = (
         "import sys; sys.path.remove('')\n"
-        "from grug_native.config_types import decode_named\n"
+        "from grug_native.parsing.named_types import decode_named\n"
         "print(decode_named('optimizer', {'type': 'mine.own:Own', 'beta1': 0.5}).beta1)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "0.5\n", done.stderr
+
+
+def test_a_group_given_in_part_keeps_the_rest_of_its_default() -> None:
+    optimizer = decode_named("optimizer", {"embedding": {"learning_rate": 0.01}})
+    assert optimizer == AdamWConfig(embedding=GroupConfig(learning_rate=0.01, weight_decay=0.0))

@@ -6,11 +6,11 @@ import pytest
 from jaxtyping import Array
 
 from grug_native.debug import decode_batch, first_nonfinite, module_norms
-from grug_native.eval_config import GrugEvalConfig
+from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.loss import next_token_loss
-from grug_native.mesh import create_mesh
 from grug_native.model import Transformer
 from grug_native.runner import GrugRunner
+from grug_native.sharding import create_mesh
 from tests.fixtures_run import SMALL_MODEL, MakeRun, make_batch
 from tests.tolerance import assert_close, gradient_terms
 

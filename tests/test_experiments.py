@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
+from grug_native.host.run_folder import RunLock
+from grug_native.host.signals import ExitCode
 from grug_native.metrics import parameter_counts
 from grug_native.model import MODEL_PRESETS
 from grug_native.optimizer import AdamWConfig
-from grug_native.run_folder import RunLock
 from grug_native.runner import GrugRunner
-from grug_native.signals import ExitCode
 from tests.fixtures_run import MakeRun
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_a_real_size_is_the_speedruns(size: str) -> None:
     config = speedrun.build_run(size)
     steps, tokens = (
         config.trainer.num_train_steps,
-        config.trainer.sequences_before(config.trainer.num_train_steps) * 2048,
+        config.trainer.data_offset(config.trainer.num_train_steps) * 2048,
     )
     assert (config.trainer.train_batch_size, config.seq_len) == (128, 2048)
     assert config.optimizer == AdamWConfig(learning_rate=3e-3, weight_decay=0.1)
@@ -89,7 +89,7 @@ def test_the_plan_of_every_size_needs_no_network(capsys: pytest.CaptureFixture[s
 
 
 def test_a_real_size_trains_on_a_local_corpus(text_folder: Path, tmp_path: Path) -> None:
-    from grug_native.corpus import local_text_data
+    from grug_native.data.corpus import local_text_data
 
     data = local_text_data({"caves": text_folder / "caves"}, cache_dir=tmp_path / "corpora", vocab_size=300)
     config = speedrun.build_run("130m", data=data, output_path=str(tmp_path / "run"))

@@ -17,8 +17,8 @@ from grug_native.language_model import (
     weight,
     weight_at,
 )
-from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import Transformer
+from grug_native.sharding import MeshAxes, create_mesh
 from tests.fixtures_run import SMALL_MODEL, without_runtime_types
 from tests.tolerance import assert_close
 

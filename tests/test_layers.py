@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import Array
 
-from grug_native.backend import Backend
-from grug_native.choices import noted_choices
-from grug_native.layers import RematName, choose_remat, choose_scan, through_layers, to_logits
+from grug_native.kernels.backend import Backend
+from grug_native.kernels.choices import noted_choices
+from grug_native.layers import RematName, resolve_remat, resolve_scan, through_layers, to_logits
 from grug_native.metrics import parameter_counts
 from grug_native.model import MODEL_PRESETS, activation_bytes
 from tests.accelerators import CPU, HOPPER, TPU
@@ -20,8 +20,8 @@ GIB = 2**30
 )
 def test_many_layers_are_scanned(backend: Backend, layers: int, scanned: bool) -> None:
     with noted_choices() as notes:
-        assert choose_scan("auto", layers, backend) is scanned
-        assert choose_scan(not scanned, layers, backend) is not scanned
+        assert resolve_scan("auto", layers, backend) is scanned
+        assert resolve_scan(not scanned, layers, backend) is not scanned
     assert notes["layers"].name == ("scanned" if scanned else "unrolled")
 
 
@@ -44,7 +44,7 @@ def test_no_more_is_recomputed_than_memory_asks_for(
     config = MODEL_PRESETS[size]
 
     def choose(asked: RematName) -> str:
-        return choose_remat(
+        return resolve_remat(
             asked,
             tokens=tokens,
             shards=shards,

@@ -10,18 +10,18 @@ from jaxtyping import TypeCheckError
 from levanter.data.text.examples import GrugLmExample
 
 from grug_native import loss as loss_module
-from grug_native.backend import Backend
+from grug_native.kernels.backend import Backend
 from grug_native.language_model import logits as logits_of
 from grug_native.loss import (
     ComputeDtype,
     CrossEntropyName,
-    choose_block,
-    choose_cross_entropy,
     next_token_loss,
     per_token_loss,
+    resolve_block,
+    resolve_cross_entropy,
 )
-from grug_native.mesh import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
 from grug_native.model import Transformer
+from grug_native.sharding import BATCH_AXES, MeshAxes, batch_sharding, create_mesh
 from grug_native.types import Scalar
 from tests.accelerators import CPU, HOPPER, TPU, pretend
 from tests.fixtures_run import SMALL_MODEL, make_batch
@@ -204,12 +204,12 @@ def test_a_malformed_batch_is_refused_while_tracing(
 def test_auto_chooses_by_backend_and_the_size_of_the_logits(
     backend: str, tokens: int, vocab_size: int, chosen: str
 ) -> None:
-    name, reason = choose_cross_entropy("auto", backend=backend, tokens=tokens, vocab_size=vocab_size)
+    name, reason = resolve_cross_entropy("auto", backend=backend, tokens=tokens, vocab_size=vocab_size)
     assert name == chosen and reason
 
 
 def test_a_named_cross_entropy_is_obeyed() -> None:
-    assert choose_cross_entropy("full", backend="cpu", tokens=10**6, vocab_size=10**6)[0] == "full"
+    assert resolve_cross_entropy("full", backend="cpu", tokens=10**6, vocab_size=10**6)[0] == "full"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_blocks_are_as_large_as_the_memory_of_a_gpu_lets_them(
     backend: Backend, tokens: int, vocab_size: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 1024)
-    assert choose_block(tokens, vocab_size, backend) == block
+    assert resolve_block(tokens, vocab_size, backend) == block
 
 
 def test_blocks_that_are_unrolled_change_nothing() -> None:

@@ -13,14 +13,14 @@ import pytest
 from jaxtyping import Array
 
 from grug_native.attention import AttentionName
-from grug_native.backend import Backend
-from grug_native.bits_per_byte import TokenBytes
-from grug_native.eval_hooks import _position_losses  # pyright: ignore[reportPrivateUsage] (compiled function)
-from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
+from grug_native.evaluation.bits_per_byte import TokenBytes
+from grug_native.evaluation.generate import _generate  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.evaluation.perplexity import _position_losses  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.evaluation.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.kernels.backend import Backend
 from grug_native.model import GrugModelConfig, RematName, Transformer
 from grug_native.optimizer import AdamWConfig, GrugOptimizer, MuonConfig, OptimizerConfig
-from grug_native.sample import _generate  # pyright: ignore[reportPrivateUsage] (compiled function)
-from grug_native.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.sharding import MeshAxes, batch_sharding, create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig, lower_train_step
 from tests.accelerators import AMPERE, HOPPER, PLATFORM, TPU, pretend

@@ -56,7 +56,7 @@ def test_flops_by_hand_with_grouped_and_wide_heads() -> None:
 def test_throughput_has_levanters_names() -> None:
     flops = flops_per_token(SMALL_MODEL, 32)
     throughput = Throughput(flops, 32, peak_flops=1e9)
-    metrics = throughput.metrics(sequences=4, total_sequences=40, duration=0.5, loading_time=0.01)
+    metrics = throughput.metrics(sequences=4, data_offset=40, duration=0.5, loading_time=0.01)
     assert metrics["throughput/tokens_per_second"] == 256
     assert metrics["throughput/examples_per_second"] == 8
     assert metrics["throughput/total_tokens"] == 1280
@@ -64,7 +64,7 @@ def test_throughput_has_levanters_names() -> None:
     assert metrics["throughput/mfu"] == pytest.approx(100 * 256 * flops.full / 1e9)
     assert metrics["throughput/mfu_causal"] == pytest.approx(100 * 256 * flops.causal / 1e9)
     unknown = Throughput(flops, 32, peak_flops=None)
-    assert "throughput/mfu" not in unknown.metrics(sequences=4, total_sequences=4, duration=1.0, loading_time=0.0)
+    assert "throughput/mfu" not in unknown.metrics(sequences=4, data_offset=4, duration=1.0, loading_time=0.0)
 
 
 def test_nobody_publishes_the_peak_of_a_cpu() -> None:

@@ -15,9 +15,9 @@ from experiments.benchmarks.peers.levanter_llama import to_llama
 from grug_native.language_model import logits as logits_of
 from grug_native.layers import RematName
 from grug_native.loss import next_token_loss
-from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
 from grug_native.rotary import GrugRopeConfig
+from grug_native.sharding import MeshAxes, create_mesh
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types
 from tests.tolerance import assert_close, assert_trees_close, forward_terms, gradient_terms, loss_terms
 

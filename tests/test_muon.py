@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.muon import orthogonalize, per_matrix, scale_by_muon
+from grug_native.sharding import MeshAxes, create_mesh
 from tests.tolerance import assert_close, tolerance
 
 SLOPE = 3.4445

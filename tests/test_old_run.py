@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grug_native import cli
+from grug_native.cli import main as cli
 from tests.faults.runs import ForkServer, Run
 
 OLD = Path(__file__).parent / "old_run"

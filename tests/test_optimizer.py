@@ -10,7 +10,6 @@ import pytest
 from jaxtyping import PyTree
 
 from grug_native.language_model import abstract_parameters, parameter_kinds
-from grug_native.mesh import MeshAxes, create_mesh
 from grug_native.model import Transformer
 from grug_native.optimizer import (
     AdamWConfig,
@@ -21,6 +20,7 @@ from grug_native.optimizer import (
     OptimizerConfig,
 )
 from grug_native.schedule import ScheduleConfig
+from grug_native.sharding import MeshAxes, create_mesh
 from grug_native.state import init_train_state
 from grug_native.train import train_step
 from tests.fixtures_run import SMALL_MODEL, make_batch, without_runtime_types

@@ -11,17 +11,17 @@ import jax
 import pytest
 from rich.console import Console
 
-from grug_native.checkpoint_metadata import NoUsableCheckpointError
+from grug_native.checkpoint.metadata import NoUsableCheckpointError
+from grug_native.components import RunParts
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
-from grug_native.eval_config import GrugEvalConfig
-from grug_native.mesh import MeshAxes
+from grug_native.evaluation.config import GrugEvalConfig
+from grug_native.host.process import GPU_FLAGS
 from grug_native.optimizer import MuonConfig
-from grug_native.parts import RunParts
 from grug_native.plan import DataSketch, build_plan, tokenizer_size
-from grug_native.process import GPU_FLAGS
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
+from grug_native.sharding import MeshAxes
 from tests.accelerators import HOPPER, pretend
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 

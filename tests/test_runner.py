@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import grug_native
-from grug_native.checkpoint_metadata import CheckpointMismatchError
+from grug_native.checkpoint.metadata import CheckpointMismatchError
 from grug_native.config import load_config
-from grug_native.eval_config import GrugEvalConfig
-from grug_native.mesh import MeshAxes
+from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.runner import GrugRunner, run_grug_native
-from grug_native.tracker import MetricRow, read_metrics
+from grug_native.sharding import MeshAxes
+from grug_native.tracking.jsonl import MetricRow, read_metrics
 from tests.fixtures_run import MakeRun
 
 NO_EVAL = GrugEvalConfig(max_eval_batches=1)
@@ -91,7 +91,7 @@ def test_ctrl_c_ends_the_preparation_of_the_data_at_once(make_run: MakeRun, monk
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(3600)
 
-    monkeypatch.setattr("grug_native.token_cache.data_fingerprint", tokenize_for_hours)
+    monkeypatch.setattr("grug_native.data.cache.data_fingerprint", tokenize_for_hours)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore the signal.
     try:
         with pytest.raises(KeyboardInterrupt):

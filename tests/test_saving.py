@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from grug_native.checkpoint import GrugCheckpointer
-from grug_native.checkpoint_metadata import CheckpointError, CheckpointMismatchError, read_metadata
-from grug_native.eval_config import GrugEvalConfig
-from grug_native.parts import RunParts
+from grug_native.checkpoint.checkpointer import GrugCheckpointer
+from grug_native.checkpoint.metadata import CheckpointError, CheckpointMismatchError, read_metadata
+from grug_native.components import RunParts
+from grug_native.evaluation.config import GrugEvalConfig
+from grug_native.host.run_folder import RunLockedError
 from grug_native.rotary import GrugRopeConfig
-from grug_native.run_folder import RunLockedError
 from grug_native.runner import GrugRunner
 from grug_native.saving import load_parameters, open_checkpointer
 from grug_native.state import GrugTrainState

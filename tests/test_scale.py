@@ -6,8 +6,8 @@ import pytest
 from experiments.benchmarks.hlo import read_program
 from experiments.benchmarks.scale import ScaleReport, report
 from grug_native import model as model_module
-from grug_native.mesh import constrain
 from grug_native.metrics import parameter_counts
+from grug_native.sharding import reshard
 from tests.fixtures_run import SMALL_MODEL, MakeRun
 
 PLAIN = replace(SMALL_MODEL, attention="reference", remat="none")
@@ -93,7 +93,7 @@ def test_unrolled_layers_keep_what_they_gathered(make_run: MakeRun) -> None:
 
 
 def test_a_gradient_that_is_summed_whole_is_found(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "gather", constrain)
+    monkeypatch.setattr(model_module, "unshard", reshard)
     jax.clear_caches()  # The step may have been traced with the real one, and is not to be used with this one.
     try:
         with pytest.raises(ValueError, match=r"is summed whole on every device: .*transpose"):

@@ -2,8 +2,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from grug_native.mesh import create_mesh
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
+from grug_native.sharding import create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from tests.fixtures_run import SMALL_MODEL, llama
 

@@ -13,10 +13,10 @@ from levanter.data.text.examples import GrugLmExample
 from grug_native import train as train_module
 from grug_native.language_model import Aux, FlopsPerToken, LanguageModel
 from grug_native.loss import next_token_loss
-from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
 from grug_native.model import GrugModelConfig, Transformer
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.schedule import ScheduleConfig
+from grug_native.sharding import MeshAxes, batch_sharding, create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import CompiledStep, GrugStepConfig, PlainBatch, StepMetrics, train_step
 from grug_native.types import AttentionMask, LmBatch, Scalar

@@ -17,9 +17,10 @@ from experiments.variants.modded import ModdedConfig
 from experiments.variants.moe import MixtureConfig
 from experiments.variants.own_optimizer import NorMuonConfig
 from grug_native.attention import Mask, with_window
-from grug_native.backend import Backend
 from grug_native.config import load_config
-from grug_native.config_types import encode_named
+from grug_native.evaluation.generate import generate
+from grug_native.evaluation.scoring import Request, Scorer
+from grug_native.kernels.backend import Backend
 from grug_native.language_model import (
     LanguageModel,
     ModelConfig,
@@ -29,12 +30,11 @@ from grug_native.language_model import (
     shard_parameters,
 )
 from grug_native.loss import next_token_loss
-from grug_native.mesh import MeshAxes, batch_sharding, create_mesh
 from grug_native.optimizer import AdamWConfig, GrugOptimizer, OptimizerConfig
+from grug_native.parsing.named_types import encode_named
 from grug_native.rotary import GrugRopeConfig
 from grug_native.runner import GrugRunner
-from grug_native.sample import generate
-from grug_native.scoring import Request, Scorer
+from grug_native.sharding import MeshAxes, batch_sharding, create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig, PlainBatch, lower_train_step
 from tests.accelerators import HOPPER, PLATFORM, TPU, pretend

@@ -22,11 +22,11 @@ from levanter.grug.attention import AttentionMask
 from rich.console import Console
 from rich.table import Table
 
-from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
-from grug_native.checkpoint_metadata import RunIdentity
-from grug_native.mesh import BATCH_AXES, create_mesh
+from grug_native.checkpoint.checkpointer import CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint.metadata import RunIdentity
 from grug_native.model import MODEL_PRESETS
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
+from grug_native.sharding import BATCH_AXES, create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import train_step
 

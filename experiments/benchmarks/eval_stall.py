@@ -118,7 +118,7 @@ def eval_tokens_of(config: GrugNativeRunConfig) -> int:
     """Tokens that a pass over the validation sets takes in, padding of the last batches left out."""
     from levanter.utils.thread_utils import blocking_wait
 
-    from grug_native.eval_hooks import build_eval_sets
+    from grug_native.evaluation.perplexity import build_eval_sets
 
     sets = build_eval_sets(config.data, config.seq_len, config.model.vocab_size)
     assert config.eval.max_eval_batches is not None

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
 from grug_native import AdamWConfig, GrugModelConfig, GrugOptimizer
-from grug_native.mesh import batch_sharding, create_mesh
 from grug_native.metrics import flops_per_token
+from grug_native.sharding import batch_sharding, create_mesh
 from grug_native.state import init_train_state
 from grug_native.train import train_step
 

@@ -19,13 +19,13 @@ from levanter.grug.attention import AttentionMask
 from lm_eval.api.instance import Instance
 
 from grug_native import MODEL_PRESETS
-from grug_native.corpus import embedded_corpus
-from grug_native.harness_model import GrugLM
+from grug_native.data.corpus import embedded_corpus
+from grug_native.data.python_texts import read_stdlib
+from grug_native.evaluation.harness_lm import GrugLM
+from grug_native.evaluation.scoring import Scorer, pack
 from grug_native.loss import ComputeDtype, per_token_loss
-from grug_native.mesh import batch_sharding, create_mesh
 from grug_native.model import Transformer
-from grug_native.python_texts import read_stdlib
-from grug_native.scoring import Scorer, pack
+from grug_native.sharding import batch_sharding, create_mesh
 
 forward = jax.jit(per_token_loss, static_argnames="compute_dtype")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.benchmarks.measure import SHAPES, Spread, make_run, show, spread, write_numbers
 from grug_native import GrugNativeRunConfig, GrugRunner
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 
 _LEFT_OUT = 2
 """Steps at the beginning."""
@@ -33,8 +33,8 @@ class Waits:
 
 def measure_loader(config: GrugNativeRunConfig, batches: int) -> float:
     """Seconds a batch of the loader alone, when each is asked for at once."""
-    from grug_native.data import batch_at, iter_from_step
-    from grug_native.parts import RunParts
+    from grug_native.components import RunParts
+    from grug_native.data.loader import batch_at, iter_from_step
 
     loader = RunParts(config, GrugRunner(config).optimizer).loader
     batch_at(loader, 0)  # opens the caches and compiles

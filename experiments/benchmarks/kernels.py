@@ -27,12 +27,12 @@ from experiments.benchmarks.peers import ours
 from experiments.benchmarks.peers.shapes import SHAPES, Shape
 from experiments.benchmarks.peers.summary import spread
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention
+from grug_native.host.process import prepare_process
 from grug_native.language_model import Aux, LanguageModel
 from grug_native.layers import to_logits
 from grug_native.loss import ComputeDtype, CrossEntropyName, next_token_loss
-from grug_native.mesh import use_cpu_devices
 from grug_native.model import GrugModelConfig
-from grug_native.process import prepare_process
+from grug_native.sharding import use_cpu_devices
 from grug_native.types import AttentionMask
 
 BACKENDS: dict[AttentionName, str] = {"cudnn": "gpu", "gpu_fa4_cute": "gpu", "tpu_splash": "tpu"}

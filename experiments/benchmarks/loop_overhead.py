@@ -18,7 +18,7 @@ import jax
 
 from experiments.benchmarks.measure import SHAPES, Spread, make_run, show, spread, write_numbers
 from grug_native import GrugNativeRunConfig, GrugRunner
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 
 
 def measure_fit(config: GrugNativeRunConfig, steps: int) -> list[float]:

@@ -23,7 +23,7 @@ from grug_native import (
     GrugNativeRunConfig,
     GrugTrainerConfig,
 )
-from grug_native.corpus import embedded_corpus
+from grug_native.data.corpus import embedded_corpus
 from grug_native.model import MODEL_PRESETS
 
 SHAPES: dict[str, tuple[GrugModelConfig, int]] = {

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native import GrugOptimizer, load_config
-from grug_native.checkpoint_io import load_params
-from grug_native.eval_config import GrugHarnessConfig
-from grug_native.eval_harness import build_harness
-from grug_native.parts import RunParts
-from grug_native.run_folder import committed_steps, step_name
-from grug_native.scoring import Scorer
+from grug_native.checkpoint.orbax_io import load_params
+from grug_native.components import RunParts
+from grug_native.evaluation.config import GrugHarnessConfig
+from grug_native.evaluation.harness import build_harness
+from grug_native.evaluation.scoring import Scorer
+from grug_native.host.run_folder import committed_steps, step_name
 
 
 def minimal_pairs(file: Path) -> dict[str, Any]:

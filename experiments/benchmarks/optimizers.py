@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Any, final
 
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
 from grug_native import AdamWConfig, GrugModelConfig, GrugNativeRunConfig, GrugRunner, GrugTrainerConfig
-from grug_native.corpus import embedded_corpus
+from grug_native.data.corpus import embedded_corpus
 from grug_native.optimizer import MuonConfig
-from grug_native.plot import write_picture
 from grug_native.schedule import ScheduleConfig
+from grug_native.tracking.plot import write_picture
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
     from levanter.data.text.examples import GrugLmExample
     from matplotlib.figure import Figure
 
-    from grug_native.eval_hooks import TaggedEval
+    from grug_native.evaluation.perplexity import TaggedEval
 
 WEIGHTS = {"python/code": 0.5, "python/docstrings": 0.25, "english/reference": 0.25}
 """Of the domains; the same from beginning to end, so that a shorter run sees the same mixture."""
@@ -180,7 +180,7 @@ class Bench:
     @cached_property
     def _evaluation(self) -> "TaggedEval":
         """One for all runs, so that it compiles once."""
-        from grug_native.eval_hooks import build_eval_sets, build_tagged_evaluator
+        from grug_native.evaluation.perplexity import build_eval_sets, build_tagged_evaluator
 
         study, model = self._study, self._study.model
         return build_tagged_evaluator(

@@ -25,11 +25,11 @@ from rich.table import Table
 from experiments.benchmarks.hlo import Collective, read_program
 from experiments.speedrun.grugformer_20260129.grugformer_speedrun import SIZES, build_run
 from grug_native import GrugNativeRunConfig, GrugRunner
+from grug_native.components import RunParts
 from grug_native.layers import RematName
-from grug_native.mesh import create_mesh, use_cpu_devices
 from grug_native.metrics import abstract_parameters, flops_per_token, parameter_counts
 from grug_native.model import GrugModelConfig, Transformer
-from grug_native.parts import RunParts
+from grug_native.sharding import create_mesh, use_cpu_devices
 from grug_native.types import Device
 
 

@@ -21,20 +21,20 @@ from grug_native.language_model import Aux, FlopsPerToken, LanguageModel, shard_
 from grug_native.layers import (
     RematName,
     ScanName,
-    choose_scan,
     embed_tokens,
     flatten_tokens,
     merge_heads,
     normal,
     project_back,
+    resolve_scan,
     rms_normalize,
     split_heads,
     through_layers,
     to_logits,
 )
-from grug_native.mesh import check_divides, gather
 from grug_native.model import Context
 from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
+from grug_native.sharding import check_divides, unshard
 from grug_native.types import AttentionMask
 
 
@@ -95,7 +95,7 @@ class Attention(eqx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Mixes positions as the mask allows."""
         tokens, features = flatten_tokens(x), config.hidden_dim // config.num_heads
-        projected = (tokens @ gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
+        projected = (tokens @ unshard(w, None, "model") for w in (self.wq, self.wk, self.wv))
         q, k, v = (split_heads(y, x, features) for y in projected)
         if config.qk_norm:
             q, k = rms_normalize(q, eps=1e-6), rms_normalize(k, eps=1e-6)
@@ -130,7 +130,7 @@ class Block(eqx.Module):
         attended, cache = self.attn(rms_normalize(x, eps=1e-6), context, cache, config)
         x = x + attended
         tokens = flatten_tokens(rms_normalize(x, eps=1e-6))
-        squared = jnp.square(jax.nn.relu(tokens @ gather(self.up, None, "model")))
+        squared = jnp.square(jax.nn.relu(tokens @ unshard(self.up, None, "model")))
         return x + project_back(squared, self.down, x), cache
 
 
@@ -186,7 +186,7 @@ class Modded(LanguageModel):
             apply,
             x,
             (self.pairs, (None, None) if cache is None else cache.layers),
-            scan=choose_scan(config.scan_layers, config.num_layers),
+            scan=resolve_scan(config.scan_layers, config.num_layers),
             remat=config.remat,
         )
         x = rms_normalize(x, eps=1e-6)

@@ -24,16 +24,16 @@ from grug_native.layers import (
     RematName,
     RMSNorm,
     ScanName,
-    choose_scan,
     embed_tokens,
     flatten_tokens,
     normal,
+    resolve_scan,
     through_layers,
     to_logits,
 )
-from grug_native.mesh import BATCH_AXES, check_divides, explicit_mesh, gather, out_sharding
 from grug_native.model import Block, Context, GrugModelConfig
 from grug_native.rotary import GrugRopeConfig, rotary_tables
+from grug_native.sharding import BATCH_AXES, check_divides, explicit_mesh, out_sharding, unshard
 from grug_native.types import AttentionMask
 
 
@@ -112,7 +112,7 @@ class Experts(eqx.Module):
     def __call__(self, x: Float[Array, "B S D"], chosen: int) -> tuple[Float[Array, "B S D"], Routing]:
         """Sends each token to so many experts, and adds up their outputs by the probabilities of the choice."""
         tokens, number = flatten_tokens(x), self.router.shape[-1]
-        scores = tokens.astype(jnp.float32) @ gather(self.router, None, None).astype(jnp.float32)
+        scores = tokens.astype(jnp.float32) @ unshard(self.router, None, None).astype(jnp.float32)
         log_probabilities = jax.nn.log_softmax(scores)
         probabilities = jnp.exp(log_probabilities)
         share_of_token, ids = jax.lax.top_k(probabilities, chosen)
@@ -124,8 +124,8 @@ class Experts(eqx.Module):
             "share": share,
         }
         given = tokens, ids, share_of_token.astype(x.dtype)
-        gate, up = (gather(w, "expert", None, "model") for w in (self.gate, self.up))
-        weights = gate, up, gather(self.down, "expert", "model", None)
+        gate, up = (unshard(w, "expert", None, "model") for w in (self.gate, self.up))
+        weights = gate, up, unshard(self.down, "expert", "model", None)
         if explicit_mesh():
             rows = PartitionSpec(BATCH_AXES, None)
             specs = tuple(jax.typeof(leaf).sharding.spec for leaf in weights)
@@ -215,7 +215,7 @@ class Mixture(LanguageModel):
         positions = jnp.arange(seq_len) if reading is None else reading.positions
         context = Context(rotary_tables(config.rope, features, positions), mask, reading)
         stacked = self.layers, None if cache is None else cache.layers
-        scan = choose_scan(config.scan_layers, config.num_layers)
+        scan = resolve_scan(config.scan_layers, config.num_layers)
         x, (caches, routing) = through_layers(
             lambda x, layer: layer[0](x, context, layer[1], config), x, stacked, scan=scan, remat=config.remat
         )

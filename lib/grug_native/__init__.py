@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
-    from grug_native.corpus import embedded_corpus, local_text_data
-    from grug_native.eval_config import GrugEvalConfig, GrugHarnessConfig
+    from grug_native.data.corpus import embedded_corpus, local_text_data
+    from grug_native.evaluation.config import GrugEvalConfig, GrugHarnessConfig
     from grug_native.language_model import Aux, FlopsPerToken, LanguageModel, shard_parameters, weight
     from grug_native.levanter_optimizer import LevanterOptimizer
-    from grug_native.mesh import MeshAxes, create_mesh
     from grug_native.model import MODEL_PRESETS, GrugModelConfig, Transformer
     from grug_native.muon import per_matrix
     from grug_native.optimizer import AdamWConfig, GroupConfig, GrugOptimizer, LionConfig, MuonConfig
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from grug_native.run_plan import RunPlan
     from grug_native.runner import GrugRunner, run_grug_native
     from grug_native.schedule import ScheduleConfig
+    from grug_native.sharding import MeshAxes, create_mesh
     from grug_native.state import GrugTrainState, init_train_state
     from grug_native.train import GrugStepConfig, StepMetrics, train_step
 
@@ -60,9 +60,9 @@ __all__ = [
 
 _MODULES = {
     "config": ("GrugNativeRunConfig", "GrugTrainerConfig", "load_config", "save_config"),
-    "corpus": ("embedded_corpus", "local_text_data"),
-    "eval_config": ("GrugEvalConfig", "GrugHarnessConfig"),
-    "mesh": ("MeshAxes", "create_mesh"),
+    "data.corpus": ("embedded_corpus", "local_text_data"),
+    "evaluation.config": ("GrugEvalConfig", "GrugHarnessConfig"),
+    "sharding": ("MeshAxes", "create_mesh"),
     "language_model": ("Aux", "FlopsPerToken", "LanguageModel", "shard_parameters", "weight"),
     "levanter_optimizer": ("LevanterOptimizer",),
     "model": ("MODEL_PRESETS", "GrugModelConfig", "Transformer"),

@@ -1,8 +1,8 @@
-"""Causal attention by name. Every implementation computes the same function; `choose_attention` says which one and why.
+"""Causal attention by name. Every implementation computes the same function; `resolve_attention` says which and why.
 
 Names: `reference` (plain XLA, scores in f32), `blocked` (the same, without the blocks that the mask hides), `cudnn`
-(see `grug_native.cudnn`), and levanter's `xla_flash`, `gpu_fa4_cute` and `tpu_splash`, which are imported when they are
-asked for.
+(see `grug_native.kernels.cudnn`), and levanter's `xla_flash`, `gpu_fa4_cute` and `tpu_splash`, which are imported when
+they are asked for.
 """
 
 import math
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from grug_native.backend import Backend, current_backend
-from grug_native.choices import note_choice
-from grug_native.cudnn import PackedRows, causal_attention, masked_attention, pack_rows, packed_attention
-from grug_native.mesh import BATCH_AXES, constrain, explicit_mesh, out_sharding
+from grug_native.kernels.backend import Backend, current_backend
+from grug_native.kernels.choices import note_choice
+from grug_native.kernels.cudnn import PackedRows, causal_attention, masked_attention, pack_rows, packed_attention
+from grug_native.sharding import BATCH_AXES, explicit_mesh, out_sharding, reshard
 from grug_native.types import AttentionMask
 
 AttentionName = Literal["auto", "reference", "blocked", "xla_flash", "cudnn", "gpu_fa4_cute", "tpu_splash"]
-"""An attention implementation; `auto` lets `choose_attention` decide."""
+"""An attention implementation; `auto` lets `resolve_attention` decide."""
 
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
@@ -61,7 +61,7 @@ class AttentionShape:
     """Whether later positions are hidden."""
 
 
-def choose_attention(name: AttentionName, shape: AttentionShape, backend: Backend) -> tuple[AttentionName, str]:
+def resolve_attention(name: AttentionName, shape: AttentionShape, backend: Backend) -> tuple[AttentionName, str]:
     """Resolves `auto`, and gives the reason in words.
 
     Args:
@@ -145,7 +145,7 @@ def prepare_mask(
 ) -> AttentionMask:
     """The same mask, with what the implementation wants to know of it; to be called once, outside of the layers."""
     shape, backend = _shape(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype), current_backend()
-    name, reason = choose_attention(implementation, shape, backend)
+    name, reason = resolve_attention(implementation, shape, backend)
     note_choice("attention", name, reason)
     if name != "cudnn" or not takes_packed_rows(shape, backend) or mask.segment_ids is None:
         return mask
@@ -295,7 +295,7 @@ def _per_shard(
         return function(q, k, v, *of_batch)
     heads, rows = PartitionSpec(BATCH_AXES, None, "model", None), PartitionSpec(BATCH_AXES)
     in_specs = (heads, heads, heads, *(rows for _ in of_batch))
-    placed = jax.tree.map(lambda x: constrain(x, BATCH_AXES, *(None for _ in x.shape[1:])), of_batch)
+    placed = jax.tree.map(lambda x: reshard(x, BATCH_AXES, *(None for _ in x.shape[1:])), of_batch)
     return jax.shard_map(function, in_specs=in_specs, out_specs=heads, check_vma=False)(q, k, v, *placed)
 
 
@@ -314,7 +314,7 @@ def attention(
     """
     seq_len, head_dim, dtype = q.shape[1], q.shape[-1], q.dtype.name
     shape = _shape(mask, seq_len=seq_len, head_dim=head_dim, dtype=dtype)
-    name, _ = choose_attention(implementation, shape, current_backend())
+    name, _ = resolve_attention(implementation, shape, current_backend())
     if name == "reference":
         return reference_attention(q, k, v, mask)
     if name == "blocked":

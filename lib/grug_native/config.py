@@ -13,17 +13,17 @@ import draccus
 import equinox as eqx
 import yaml
 
-from grug_native.config_check import check_data, checked, decode, no_mapping, read_value
-from grug_native.config_types import decode_named, encode_named, shared_fields
-from grug_native.eval_config import GrugEvalConfig
+from grug_native.checkpoint.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
+from grug_native.evaluation.config import GrugEvalConfig
+from grug_native.host.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
 from grug_native.language_model import ModelConfig
 from grug_native.loss import CrossEntropyName
-from grug_native.mesh import MeshAxes
-from grug_native.old_configs import upgraded
 from grug_native.optimizer import OptimizerConfig
-from grug_native.profile import profile_window
-from grug_native.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
-from grug_native.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
+from grug_native.parsing.check import check_data, checked, decode, no_mapping, read_value
+from grug_native.parsing.named_types import decode_named, encode_named, shared_fields
+from grug_native.parsing.old_configs import upgraded
+from grug_native.sharding import MeshAxes
+from grug_native.tracking.profile import profile_window
 from grug_native.types import check_seed
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class GrugTrainerConfig:
         """Sequences of the global batch of `step`."""
         return next(size for start, size in reversed(self.batch_stages) if start <= step)
 
-    def sequences_before(self, step: int) -> int:
+    def data_offset(self, step: int) -> int:
         """Sequences consumed by the steps before `step`: the data offset of its batch."""
         ends = [start for start, _ in self.batch_stages[1:]] + [step]
         return sum(

@@ -12,9 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
+from grug_native.components import RunParts
 from grug_native.language_model import LanguageModel, leaf_norms
 from grug_native.loss import ComputeDtype, next_token_loss
-from grug_native.parts import RunParts
 from grug_native.train import lower_train_step
 from grug_native.types import LmBatch
 

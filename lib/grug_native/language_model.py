@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from grug_native.mesh import check_divides, constrain
+from grug_native.sharding import check_divides, reshard
 from grug_native.types import AttentionMask
 
 ParameterKind = Literal["embedding", "head", "norm", "matrix"]
@@ -198,7 +198,7 @@ def shard_parameters[Tree: PyTree](model: Tree) -> Tree:
         for number, axis in enumerate(axes):
             if isinstance(axis, str):
                 check_divides(f"parameter {jax.tree_util.keystr(path)}.shape[{number}]", leaf.shape[number], axis)
-        return constrain(leaf, *axes)
+        return reshard(leaf, *axes)
 
     return jax.tree.map_with_path(shard, model)
 

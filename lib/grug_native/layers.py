@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from grug_native.backend import Backend, current_backend
-from grug_native.choices import note_choice
+from grug_native.kernels.backend import Backend, current_backend
+from grug_native.kernels.choices import note_choice
 from grug_native.language_model import weight
-from grug_native.mesh import BATCH_AXES, explicit_mesh, gather, out_sharding
+from grug_native.sharding import BATCH_AXES, explicit_mesh, out_sharding, unshard
 
 RematName = Literal["auto", "none", "dots", "full"]
 """What the backward pass recomputes: nothing, all but matrix products, or whole blocks; `auto` as memory allows."""
@@ -57,13 +57,13 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
 def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """Rows of an embedding that is split over `model` and `data`."""
     # Read in f32, so that the gradient's scatter adds in f32: in bf16 the sum for a common token stalls.
-    whole = gather(table, None, None).astype(jnp.float32)
+    whole = unshard(table, None, None).astype(jnp.float32)
     return whole.at[tokens].get(out_sharding=out_sharding(BATCH_AXES, None, None)).astype(table.dtype)
 
 
 def to_logits(hidden: Float[Array, "*batch D"], head: Float[Array, "D V"]) -> Float[Array, "*batch V"]:
     """Products with a head that is split over `data` and `model`, in f32."""
-    whole = gather(head, None, "model")
+    whole = unshard(head, None, "model")
     if explicit_mesh() or hidden.dtype == jnp.float32:
         return jnp.matmul(hidden, whole, preferred_element_type=jnp.float32)
     return _f32_product(hidden, whole)
@@ -111,7 +111,7 @@ def project_back(
     tokens: Float[Array, "T features"], weight: Float[Array, "features D"], like: Float[Array, "B S D"]
 ) -> Float[Array, "B S D"]:
     """Back to the shape of the residual stream, with a weight that is split over `model` and `data`."""
-    projected = jnp.matmul(tokens, gather(weight, "model", None), out_sharding=out_sharding(BATCH_AXES, None))
+    projected = jnp.matmul(tokens, unshard(weight, "model", None), out_sharding=out_sharding(BATCH_AXES, None))
     return jnp.reshape(projected, like.shape, out_sharding=out_sharding(BATCH_AXES, None, None))
 
 
@@ -161,7 +161,7 @@ def _rematerialised[**P, T](apply: Callable[P, T], remat: RematName) -> Callable
     return eqx.filter_checkpoint(apply, policy=policy)
 
 
-def choose_scan(asked: ScanName, num_layers: int, backend: Backend | None = None) -> bool:
+def resolve_scan(asked: ScanName, num_layers: int, backend: Backend | None = None) -> bool:
     """Resolves `scan_layers`, and notes the reason."""
     most = _MOST_UNROLLED_LAYERS[(backend or current_backend()).name]
     scan = num_layers > most if asked == "auto" else asked
@@ -170,7 +170,7 @@ def choose_scan(asked: ScanName, num_layers: int, backend: Backend | None = None
     return scan
 
 
-def choose_remat(
+def resolve_remat(
     asked: RematName,
     *,
     tokens: int,

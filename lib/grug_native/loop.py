@@ -25,26 +25,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grug_native.checkpoint import GrugCheckpointer
-from grug_native.checkpoint_io import Restored
+from grug_native.checkpoint.checkpointer import GrugCheckpointer
+from grug_native.checkpoint.orbax_io import Restored
+from grug_native.components import RunParts
 from grug_native.config import GrugTrainerConfig, config_to_dict, save_own_config
-from grug_native.data import iter_from_step, mixture_metrics
-from grug_native.evaluation import Evaluations
-from grug_native.faults import fault_point
+from grug_native.data.loader import iter_from_step, mixture_metrics
+from grug_native.hooks import Evaluations
+from grug_native.host.fault_injection import fault_point
+from grug_native.host.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
+from grug_native.host.shell import offer
+from grug_native.host.signals import StopSignal
+from grug_native.host.streams import lasting_streams
 from grug_native.metrics import peak_memory
-from grug_native.parts import RunParts
 from grug_native.plan import build_plan
-from grug_native.profile import StepProfile, profile_window
-from grug_native.progress import ProgressLine, StartUp, messages_shown
 from grug_native.resume import check_data_offset, check_steps
-from grug_native.run_folder import RESULTS_FILE, committed_steps, local_path, step_name
-from grug_native.run_log import RunLog
 from grug_native.saving import open_checkpointer, record_data
-from grug_native.shell import offer
-from grug_native.signals import StopSignal
 from grug_native.state import GrugTrainState
-from grug_native.streams import lasting_streams
-from grug_native.tracker import RunTracker, build_trackers
+from grug_native.tracking.jsonl import RunTracker, build_trackers
+from grug_native.tracking.profile import StepProfile, profile_window
+from grug_native.tracking.progress import ProgressLine, StartUp, messages_shown
+from grug_native.tracking.run_log import RunLog
 from grug_native.train import WATCHED, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _save(
     permanent: bool,
 ) -> None:
     start_save = checkpointer.save_step_checkpoint if permanent else checkpointer.save_temporary_checkpoint
-    start_save(state, step=step, data_offset=trainer.sequences_before(step), skipped_steps=skipped_steps)
+    start_save(state, step=step, data_offset=trainer.data_offset(step), skipped_steps=skipped_steps)
 
 
 @final
@@ -236,7 +236,7 @@ class _StepLog:
         sequences = trainer.batch_size_at(step)
         throughput = self._parts.throughput.metrics(
             sequences=sequences,
-            total_sequences=trainer.sequences_before(step + 1),
+            data_offset=trainer.data_offset(step + 1),
             duration=duration,
             loading_time=loading_time,
         )
@@ -273,7 +273,7 @@ class _StepLog:
     def _guard(self, step: int, metrics: StepMetrics) -> None:
         trainer = self._parts.config.trainer
         self.skipped += 1
-        first, end = trainer.sequences_before(step), trainer.sequences_before(step + 1)
+        first, end = trainer.data_offset(step), trainer.data_offset(step + 1)
         what = (
             f"step {step} is not finite: loss {metrics.loss}, gradient norm {metrics.grad_norm}, update norm "
             f"{metrics.update_norm}, parameter norm {metrics.param_norm}; its batch: sequences {first} to {end - 1}"

@@ -16,14 +16,14 @@ from beartype import beartype
 from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int, jaxtyped
 
-from grug_native.backend import Backend, current_backend
-from grug_native.choices import note_choice
+from grug_native.kernels.backend import Backend, current_backend
+from grug_native.kernels.choices import note_choice
 from grug_native.language_model import Aux, LanguageModel, cast_parameters
-from grug_native.mesh import BATCH_AXES, batch_shards, constrain, explicit_mesh, gather
+from grug_native.sharding import BATCH_AXES, batch_shards, explicit_mesh, reshard, unshard
 from grug_native.types import AttentionMask, LmBatch, Scalar
 
 CrossEntropyName = Literal["auto", "full", "blockwise"]
-"""A cross-entropy implementation; `auto` lets `choose_cross_entropy` decide."""
+"""A cross-entropy implementation; `auto` lets `resolve_cross_entropy` decide."""
 
 ComputeDtype = Literal["float32", "bfloat16"]
 """Dtype of weights and activations inside the forward and backward pass; parameters stay in f32."""
@@ -42,7 +42,7 @@ FULL_LOGITS_BYTES = 2**28
 """Above this many bytes of f32 logits (and as many of their gradient), `auto` takes the blockwise implementation."""
 
 
-def choose_cross_entropy(
+def resolve_cross_entropy(
     name: CrossEntropyName, *, backend: str, tokens: int, vocab_size: int
 ) -> tuple[CrossEntropyName, str]:
     """Resolves `auto`, and gives the reason in words.
@@ -63,7 +63,7 @@ def choose_cross_entropy(
     return "full", f"all logits fit in {logits_bytes / 2**20:.0f} MiB a device"
 
 
-def choose_block(tokens: int, vocab_size: int, backend: Backend) -> int:
+def resolve_block(tokens: int, vocab_size: int, backend: Backend) -> int:
     """Tokens of a block of the blockwise cross-entropy.
 
     The logits are f32 on every backend: their products add up in f32 anyway, and rounded to bf16 a logit of 16 would be
@@ -200,11 +200,11 @@ def next_tokens(tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 def _implementation(model: LanguageModel, tokens: Int[Array, "B S"], asked: CrossEntropyName) -> CrossEntropyName:
     vocab_size, backend, local = model.config.vocab_size, current_backend(), tokens.size // batch_shards()
-    name, reason = choose_cross_entropy(asked, backend=backend.name, tokens=local, vocab_size=vocab_size)
+    name, reason = resolve_cross_entropy(asked, backend=backend.name, tokens=local, vocab_size=vocab_size)
     if name == "blockwise":
         # Devices along `model` share out the positions.
         mesh = get_abstract_mesh()
-        block = choose_block(local if mesh.empty else local // mesh.shape["model"], vocab_size, backend)
+        block = resolve_block(local if mesh.empty else local // mesh.shape["model"], vocab_size, backend)
         reason = f"{reason}; {block:,} tokens at a time"
     note_choice("cross-entropy", name, reason)
     return name
@@ -319,7 +319,7 @@ def _cut[*Arrays](per_token: tuple[*Arrays], vocab_size: int) -> tuple[*Arrays]:
 
     def cut(x: Array) -> Array:
         tokens = x.shape[0] * x.shape[1]
-        block = choose_block(tokens, vocab_size, current_backend())
+        block = resolve_block(tokens, vocab_size, current_backend())
         blocks = -(-tokens // block)
         padding = blocks * block - tokens
         flat = x.reshape(tokens, *x.shape[2:])
@@ -337,12 +337,12 @@ def _per_shard[Result](function: Callable[..., Result], weights: list[Array], *p
     if not explicit_mesh():
         return function(weights, *per_token)
     positions = "model" if per_token[0].shape[1] % get_abstract_mesh().shape["model"] == 0 else None
-    whole = [gather(leaf, *(None for _ in leaf.shape)) for leaf in weights]
+    whole = [unshard(leaf, *(None for _ in leaf.shape)) for leaf in weights]
 
     def local(weights: list[Array], *per_token: Array) -> Result:
         return function([_varying_like(leaf, per_token[0]) for leaf in weights], *per_token)
 
     mine = PartitionSpec(BATCH_AXES, positions)
     in_specs = ([jax.typeof(leaf).sharding.spec for leaf in whole], *(mine for _ in per_token))
-    placed = (constrain(x, BATCH_AXES, positions, *(None for _ in x.shape[2:])) for x in per_token)
+    placed = (reshard(x, BATCH_AXES, positions, *(None for _ in x.shape[2:])) for x in per_token)
     return jax.shard_map(local, in_specs=in_specs, out_specs=mine)(whole, *placed)

@@ -49,19 +49,17 @@ class Throughput:
     peak_flops: float | None
     """Operations per second of all devices together; None leaves `throughput/mfu` out."""
 
-    def metrics(
-        self, *, sequences: int, total_sequences: int, duration: float, loading_time: float
-    ) -> dict[str, float]:
+    def metrics(self, *, sequences: int, data_offset: int, duration: float, loading_time: float) -> dict[str, float]:
         """Metrics of one step.
 
         Args:
             sequences: of this step's global batch.
-            total_sequences: of all steps up to and including this one.
+            data_offset: of all steps up to and including this one.
             duration: seconds from the end of the step before to the end of this one.
             loading_time: seconds the loop waited for this step's batch.
         """
         tokens_per_second = sequences * self.seq_len / duration
-        total_tokens = total_sequences * self.seq_len
+        total_tokens = data_offset * self.seq_len
         metrics = {
             "throughput/duration": duration,
             "throughput/loading_time": loading_time,

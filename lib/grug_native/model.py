@@ -28,19 +28,19 @@ from grug_native.layers import (
     RematName,
     RMSNorm,
     ScanName,
-    choose_remat,
-    choose_scan,
     embed_tokens,
     flatten_tokens,
     merge_heads,
     normal,
     project_back,
+    resolve_remat,
+    resolve_scan,
     split_heads,
     through_layers,
     to_logits,
 )
-from grug_native.mesh import batch_shards, check_divides, gather, state_shards
 from grug_native.rotary import GrugRopeConfig, apply_rotary, rotary_tables
+from grug_native.sharding import batch_shards, check_divides, state_shards, unshard
 from grug_native.types import AttentionMask
 
 
@@ -73,7 +73,7 @@ class GrugModelConfig:
     attention: AttentionName = "auto"
     """Attention kernel, by name."""
     remat: RematName = "auto"
-    """What the backward pass recomputes; see `choose_remat`."""
+    """What the backward pass recomputes; see `resolve_remat`."""
     scan_layers: ScanName = "auto"
     """One compiled block in a loop (compiles fast, for deep models), or the blocks unrolled (runs faster); `auto` scans
     where there are many of them."""
@@ -142,7 +142,7 @@ class Attention(eqx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Mixes positions as the mask allows."""
         tokens = flatten_tokens(x)
-        projected = (tokens @ gather(w, None, "model") for w in (self.wq, self.wk, self.wv))
+        projected = (tokens @ unshard(w, None, "model") for w in (self.wq, self.wk, self.wv))
         q, k, v = (split_heads(y, x, config.features_per_head) for y in projected)
         q, k = apply_rotary(q, *context.rope), apply_rotary(k, *context.rope)
         if context.reading is None or cache is None:
@@ -166,7 +166,7 @@ class MLP(eqx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Transforms each position on its own."""
         tokens = flatten_tokens(x)
-        gate, up = gather(self.gate, None, "model"), gather(self.up, None, "model")
+        gate, up = unshard(self.gate, None, "model"), unshard(self.up, None, "model")
         return project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), self.down, x)
 
 
@@ -269,8 +269,8 @@ class Transformer(LanguageModel):
             apply,
             x,
             (self.blocks, None if cache is None else cache.layers),
-            scan=choose_scan(config.scan_layers, config.num_layers),
-            remat=choose_remat(
+            scan=resolve_scan(config.scan_layers, config.num_layers),
+            remat=resolve_remat(
                 config.remat,
                 tokens=tokens.size // batch_shards(),
                 shards=state_shards(),

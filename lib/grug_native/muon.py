@@ -9,7 +9,7 @@ import optax
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
-from grug_native.mesh import constrain, explicit_mesh
+from grug_native.sharding import explicit_mesh, reshard
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic of Jordan et al. 2024 (kellerjordan.github.io/posts/muon), tuned for the steepest slope at zero."""
@@ -48,12 +48,12 @@ def per_matrix(
             return function(matrices)
         home = jax.typeof(matrices).sharding.spec
         if matrices.ndim == 2:
-            return constrain(function(constrain(matrices, None, None)), *home)
+            return reshard(function(reshard(matrices, None, None)), *home)
         stacked = home[1:-2]
         padding = -matrices.shape[0] % get_abstract_mesh().shape["data"]
         padded = jnp.pad(matrices, ((0, padding), *((0, 0) for _ in matrices.shape[1:])))
-        whole = function(constrain(padded, "data", *stacked, None, None))
-        return constrain(whole, None, *home[1:])[: matrices.shape[0]]
+        whole = function(reshard(padded, "data", *stacked, None, None))
+        return reshard(whole, None, *home[1:])[: matrices.shape[0]]
 
     return dealt
 

@@ -20,18 +20,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from grug_native.backend import current_backend
-from grug_native.checkpoint_leaves import state_bytes
-from grug_native.choices import Choice, noted_choices
-from grug_native.corpus_store import RECORD_FILE, Counts, read_counts
+from grug_native.checkpoint.leaves import state_bytes
+from grug_native.components import RunParts
+from grug_native.data.corpus_store import RECORD_FILE, Counts, read_counts
+from grug_native.data.mixture import Weights, check_mixture, check_names, mixture_stages
+from grug_native.host.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
+from grug_native.host.run_folder import committed_steps, local_path
+from grug_native.kernels.backend import current_backend
+from grug_native.kernels.choices import Choice, noted_choices
 from grug_native.loss import next_token_loss
-from grug_native.mesh import batch_shards
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.mixture import Weights, check_mixture, check_names, mixture_stages
-from grug_native.parts import RunParts
-from grug_native.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
-from grug_native.run_folder import committed_steps, local_path
 from grug_native.run_plan import MemoryUse, MixtureStages, RunPlan, Timing
+from grug_native.sharding import batch_shards
 
 _DISK_MARGIN = 0.2
 """In checkpoints, beside the permanent ones and the temporary ones that are kept."""
@@ -98,7 +98,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
             str(folder),
         )
     flops = flops_per_token(model, config.seq_len)
-    tokens = trainer.sequences_before(steps) * config.seq_len
+    tokens = trainer.data_offset(steps) * config.seq_len
     leaves = jax.tree.leaves_with_path(state.params)
     return RunPlan(
         run_id=config.run_id,
@@ -188,7 +188,7 @@ def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:
 def _mixture(parts: RunParts) -> MixtureStages:
     data = parts.config.data
     weights = data.train_weights if data.train_weights is not None else dict.fromkeys(data.components, 1.0)
-    check_mixture(weights, data.mixture_block_size, parts.config.trainer.sequences_before)
+    check_mixture(weights, data.mixture_block_size, parts.config.trainer.data_offset)
     return tuple(
         (step, {name: weight / sum(shares.values()) for name, weight in shares.items()})
         for step, shares in mixture_stages(weights)
@@ -235,7 +235,7 @@ def _compiled_memory(parts: RunParts) -> MemoryUse | None:
 
 
 def _measured(parts: RunParts, steps: int) -> Timing:
-    from grug_native.data import batch_at
+    from grug_native.data.loader import batch_at
 
     batches = [batch_at(parts.loader, step) for step in range(min(steps, 8))]
     state = parts.init_state()
@@ -254,5 +254,5 @@ def _measured(parts: RunParts, steps: int) -> Timing:
         compile_seconds=times[0],
         step_seconds=step_seconds,
         tokens_per_second=per_second,
-        train_seconds=trainer.sequences_before(trainer.num_train_steps) * parts.config.seq_len / per_second,
+        train_seconds=trainer.data_offset(trainer.num_train_steps) * parts.config.seq_len / per_second,
     )

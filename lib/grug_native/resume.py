@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from grug_native.checkpoint_leaves import check_leaves, leaf_records, named_leaves
-from grug_native.checkpoint_metadata import (
+from grug_native.checkpoint.leaves import check_leaves, leaf_records, named_leaves
+from grug_native.checkpoint.metadata import (
     CheckpointMetadata,
     CheckpointMismatchError,
     DamagedCheckpointError,
@@ -13,10 +13,10 @@ from grug_native.checkpoint_metadata import (
     no_usable_checkpoint,
     read_metadata,
 )
+from grug_native.components import RunParts
 from grug_native.config import COSMETIC_FIELDS, GrugNativeRunConfig, GrugTrainerConfig, config_to_dict
-from grug_native.data_record import read_records
-from grug_native.parts import RunParts
-from grug_native.run_folder import (
+from grug_native.data.record import read_records
+from grug_native.host.run_folder import (
     CHECKPOINTS_FOLDER,
     committed_steps,
     find_checkpoint,
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def run_identity(parts: RunParts) -> RunIdentity:
     """What the run is, as far as resuming it is concerned; opens the data."""
-    from grug_native.token_cache import tokenizer_digest
+    from grug_native.data.cache import tokenizer_digest
 
     config = parts.config
     return RunIdentity(
@@ -94,7 +94,7 @@ def _newest(folder: Path) -> CheckpointMetadata | None:
 
 def _identity_so_far(parts: RunParts, metadata: CheckpointMetadata) -> RunIdentity:
     """As `run_identity`; where the token caches have yet to be made, the data pass for those of the checkpoint."""
-    from grug_native.token_cache import tokenizer_digest, unmade_caches
+    from grug_native.data.cache import tokenizer_digest, unmade_caches
 
     if not (unmade := unmade_caches(parts.config.data)):
         return run_identity(parts)
@@ -117,7 +117,7 @@ def check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) 
     Raises:
         CheckpointMismatchError: the batch sizes before it were others.
     """
-    step, offset, wanted = metadata.step, metadata.data_offset, trainer.sequences_before(metadata.step)
+    step, offset, wanted = metadata.step, metadata.data_offset, trainer.data_offset(metadata.step)
     if offset != wanted:
         raise CheckpointMismatchError(
             f"step {step} was saved after {offset} sequences, and with trainer.train_batch_size="

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple, override
 
-from grug_native.choices import Choice
-from grug_native.corpus_store import Counts, describe_counts
+from grug_native.data.corpus_store import Counts, describe_counts
+from grug_native.kernels.choices import Choice
 from grug_native.language_model import FlopsPerToken
 from grug_native.optimizer import ParamGroup
 

@@ -9,11 +9,11 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
+from grug_native.components import RunParts
 from grug_native.config import GrugNativeRunConfig, with_own_name
 from grug_native.debug import BatchText, ModuleNorms
 from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
-from grug_native.parts import RunParts
 from grug_native.run_plan import RunPlan
 from grug_native.state import GrugTrainState, is_deleted
 from grug_native.train import StepMetrics
@@ -68,7 +68,7 @@ class GrugRunner(eqx.Module):
 
     def batch(self, step: SupportsIndex) -> "GrugLmExample":
         """The global batch of a step (`state.step`, say), on the devices: a pure function of the config and `step`."""
-        from grug_native.data import batch_at
+        from grug_native.data.loader import batch_at
 
         return batch_at(self._parts.loader, step)
 
@@ -125,7 +125,7 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if there is no such task, or it executes code; or the state was given to `train_step`.
         """
-        from grug_native.evaluation import harness_parameters
+        from grug_native.hooks import harness_parameters
 
         with self._using(state):
             return harness_parameters(self._parts, state.params, int(state.step), tasks, **settings)
@@ -140,8 +140,8 @@ class GrugRunner(eqx.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> str:
-        """Continues a text with a state's parameters; see `grug_native.sample.sample`."""
-        from grug_native.evaluation import sample_parameters
+        """Continues a text with a state's parameters; see `grug_native.evaluation.generate.sample`."""
+        from grug_native.hooks import sample_parameters
 
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
         with self._using(state):
@@ -177,7 +177,7 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if the run has logged nothing yet.
         """
-        from grug_native.plot import PLOT_FILE, plot_runs, write_picture
+        from grug_native.tracking.plot import PLOT_FILE, plot_runs, write_picture
 
         figure = plot_runs([self.run_folder])
         write_picture(figure, self.run_folder / PLOT_FILE)

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import jax
 
-from grug_native.checkpoint import CheckpointPolicy, GrugCheckpointer
-from grug_native.checkpoint_io import load_params, restore_checkpoint
-from grug_native.checkpoint_metadata import (
+from grug_native.checkpoint.checkpointer import CheckpointPolicy, GrugCheckpointer
+from grug_native.checkpoint.metadata import (
     CheckpointMetadata,
     CheckpointMismatchError,
     check_identity,
     config_differences,
     read_metadata,
 )
+from grug_native.checkpoint.orbax_io import load_params, restore_checkpoint
+from grug_native.components import RunParts, load_tokenizer
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
-from grug_native.data_record import add_record
+from grug_native.data.record import add_record
+from grug_native.host.run_folder import committed_steps, find_checkpoint, local_path, step_name
 from grug_native.language_model import LanguageModel
-from grug_native.parts import RunParts, load_tokenizer
 from grug_native.resume import checkpoints_folder, run_identity
-from grug_native.run_folder import committed_steps, find_checkpoint, local_path, step_name
 from grug_native.state import GrugTrainState
 
 
@@ -62,7 +62,7 @@ def save_state(parts: RunParts, state: GrugTrainState) -> Path:
             checkpointer.accept(metadata)
             skipped_steps = metadata.skipped_steps
         record_data(parts)
-        data_offset = parts.config.trainer.sequences_before(step)
+        data_offset = parts.config.trainer.data_offset(step)
         checkpointer.save_step_checkpoint(state, step=step, data_offset=data_offset, skipped_steps=skipped_steps)
     return path
 
@@ -105,7 +105,7 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
         CheckpointMismatchError: it is of another model, or of another tokenizer.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
-    from grug_native.token_cache import tokenizer_digest
+    from grug_native.data.cache import tokenizer_digest
 
     if ema and parts.config.trainer.ema_beta is None:
         raise ValueError("the run keeps no moving average (trainer.ema_beta is null): take its parameters instead")

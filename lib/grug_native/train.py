@@ -13,11 +13,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grug_native.attention import Mask
-from grug_native.backend import current_backend
+from grug_native.kernels.backend import current_backend
 from grug_native.language_model import LanguageModel, leaf_norms
 from grug_native.loss import ComputeDtype, CrossEntropyName, next_token_loss
 from grug_native.optimizer import GrugOptimizer
+from grug_native.sharding import create_mesh as create_mesh
 from grug_native.state import GrugTrainState
+from grug_native.state import init_train_state as init_train_state
 from grug_native.types import LmBatch
 
 WATCHED = ("grad/norm/", "params/norm/", "updates/norm/")

@@ -19,18 +19,26 @@ from matplotlib import figure
 from matplotlib.backends import backend_agg
 from orbax.checkpoint import v1 as ocp
 
-from grug_native import cli, commands, corpus_store, data, eval_hooks, loop, plot, sample, saving, token_cache
-from grug_native.cli_errors import explain
+from grug_native import loop, saving
+from grug_native.cli import commands
+from grug_native.cli import main as cli
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
-from grug_native.corpus import local_text_data
-from grug_native.eval_config import GrugEvalConfig
-from grug_native.job import initialize_distributed
+from grug_native.data import cache as token_cache
+from grug_native.data import corpus_store
+from grug_native.data import loader as data
+from grug_native.data.corpus import local_text_data
+from grug_native.evaluation import generate as sample
+from grug_native.evaluation import perplexity as eval_hooks
+from grug_native.evaluation.config import GrugEvalConfig
+from grug_native.host.process import end_at_ctrl_c
+from grug_native.host.signals import ExitCode
+from grug_native.launch.exit_codes import explain
+from grug_native.launch.job import initialize_distributed
 from grug_native.optimizer import AdamWConfig
-from grug_native.process import end_at_ctrl_c
-from grug_native.progress import configure_logging
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
-from grug_native.signals import ExitCode
+from grug_native.tracking import plot
+from grug_native.tracking.progress import configure_logging
 from tests.faults.runs import NUM_STEPS, Job
 from tests.fixtures_data import make_text
 from tests.fixtures_run import SMALL_MODEL

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from grug_native.checkpoint_metadata import CheckpointMetadata, read_metadata
-from grug_native.faults import ENV_NAME
-from grug_native.integrity import verify_files
-from grug_native.run_folder import committed_steps
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.checkpoint.digest import verify_files
+from grug_native.checkpoint.metadata import CheckpointMetadata, read_metadata
+from grug_native.host.fault_injection import ENV_NAME
+from grug_native.host.run_folder import committed_steps
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 
 NUM_STEPS = 8
 

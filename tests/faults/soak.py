@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from grug_native.tracker import METRICS_FILE
+from grug_native.tracking.jsonl import METRICS_FILE
 from tests.faults.runs import ForkServer, Run
 
 STEPS_PER_PERMANENT = 250

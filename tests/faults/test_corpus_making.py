@@ -30,7 +30,9 @@ def _start(server: ForkServer, folder: Path) -> Running:
 
 
 def _children(running: Running) -> list[psutil.Process]:
-    return [child for child in psutil.Process(running.pid).children() if "grug_native.corpus_store" in child.cmdline()]
+    return [
+        child for child in psutil.Process(running.pid).children() if "grug_native.data.corpus_store" in child.cmdline()
+    ]
 
 
 def _until_ended(children: list[psutil.Process]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grug_native.checkpoint_metadata import METADATA_FILE, write_metadata
-from grug_native.tracker import METRICS_FILE
+from grug_native.checkpoint.metadata import METADATA_FILE, write_metadata
+from grug_native.tracking.jsonl import METRICS_FILE
 from tests.faults.runs import Run
 
 

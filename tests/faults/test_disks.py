@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grug_native.corpus import local_text_data
-from grug_native.text_run import text_run
+from grug_native.data.corpus import local_text_data
+from grug_native.launch.text_run import text_run
 from tests.faults.runs import ForkServer, Run
 from tests.fixtures_data import make_text
 

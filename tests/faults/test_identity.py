@@ -9,7 +9,7 @@ import pytest
 import tensorstore as ts
 import yaml
 
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 from tests.faults.runs import ForkServer, Run
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, loss_terms

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grug_native.run_folder import committed_steps
+from grug_native.host.run_folder import committed_steps
 from tests.faults.runs import DEADLINE, NUM_STEPS, ForkServer, Run
 from tests.faults.soak import soak
 

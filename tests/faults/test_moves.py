@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grug_native.tracker import METRICS_FILE
+from grug_native.tracking.jsonl import METRICS_FILE
 from tests.faults.runs import Ended, ForkServer, Run
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 from tests.faults.runs import NUM_STEPS, ForkServer, Run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grug_native.run_log import LOG_FILE
+from grug_native.tracking.run_log import LOG_FILE
 from tests.faults.runs import NUM_STEPS, ForkServer, Run, Running
 from tests.fixtures_data import make_text
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from grug_native.run_folder import quarantined
-from grug_native.tracker import METRICS_FILE, read_metrics
+from grug_native.host.run_folder import quarantined
+from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
 from tests.faults.runs import ForkServer, Run
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, loss_terms

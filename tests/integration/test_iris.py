@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
+from grug_native.host.run_folder import committed_steps
 from grug_native.optimizer import AdamWConfig
-from grug_native.run_folder import committed_steps
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
-from grug_native.tracker import read_metrics
+from grug_native.tracking.jsonl import read_metrics
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, loss_terms
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
     from marin.execution.lazy import ArtifactStep, StepContext
 
-    from grug_native.launch import GrugRun
+    from grug_native.launch.marin import GrugRun
 
 
 # Iris leaves the pipes of the processes that it starts to the garbage collector.
@@ -68,7 +68,7 @@ def small_run(data: "LmDataConfig", output_path: str, steps: int) -> GrugNativeR
 def make_step(name: str, data: "LmDataConfig", steps: int, *, tasks: int) -> "ArtifactStep[GrugRun]":
     from fray.types import ResourceConfig
 
-    from grug_native.launch import training_step
+    from grug_native.launch.marin import training_step
 
     def build(ctx: "StepContext") -> GrugNativeRunConfig:
         return small_run(data, ctx.output_path, steps)
@@ -98,7 +98,7 @@ def kill_at_first_checkpoint(folder: Path, killed: list[int]) -> None:
 def test_a_task_killed_in_the_middle_is_retried_and_the_run_is_as_if_nothing_had_happened(
     cluster: str, small_corpus: "LmDataConfig"
 ) -> None:
-    from grug_native.launch import run_steps
+    from grug_native.launch.marin import run_steps
 
     broken, unbroken = (make_step(name, small_corpus, 200, tasks=1) for name in ("killed", "unbroken"))
     folder, killed = Path(broken.path()), list[int]()
@@ -114,7 +114,7 @@ def test_a_task_killed_in_the_middle_is_retried_and_the_run_is_as_if_nothing_had
 
 @pytest.mark.timeout(600)
 def test_a_gang_of_two_tasks_trains_one_model(cluster: str, small_corpus: "LmDataConfig", tmp_path: Path) -> None:
-    from grug_native.launch import run_steps
+    from grug_native.launch.marin import run_steps
 
     run = run_steps(make_step("gang", small_corpus, 6, tasks=2), cluster=cluster)
     assert run.hardware["processes"] == 2 and run.hardware["devices"] == 2

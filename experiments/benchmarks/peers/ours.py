@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int
 from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Gate
 from experiments.benchmarks.peers.shapes import Shape
-from grug_native.mesh import use_cpu_devices
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.rotary import GrugRopeConfig
 from grug_native.schedule import ScheduleConfig
+from grug_native.sharding import use_cpu_devices
 
 NUM_TRAIN_STEPS = 1_000_000
 """Of the runs whose loops are held and never end."""

@@ -13,8 +13,8 @@ from unittest.mock import patch
 from experiments.benchmarks.peers import ours, shapes
 from experiments.benchmarks.peers.shapes import Job
 from grug_native import GrugNativeRunConfig, GrugRunner, GrugTrainerConfig
-from grug_native.corpus import embedded_corpus
-from grug_native.tracker import RunTracker
+from grug_native.data.corpus import embedded_corpus
+from grug_native.tracking.jsonl import RunTracker
 
 WEIGHTS = {"python/code": 0.7, "python/docstrings": 0.15, "english/reference": 0.15}
 

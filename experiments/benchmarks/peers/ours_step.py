@@ -16,9 +16,9 @@ import numpy as np
 from experiments.benchmarks.peers import ours, shapes
 from experiments.benchmarks.peers.shapes import Job
 from grug_native.loss import ComputeDtype
-from grug_native.mesh import batch_sharding, create_mesh
-from grug_native.profile import TABLE_FILE, kernel_table, read_trace, tracing
+from grug_native.sharding import batch_sharding, create_mesh
 from grug_native.state import init_train_state
+from grug_native.tracking.profile import TABLE_FILE, kernel_table, read_trace, tracing
 from grug_native.train import GrugStepConfig, train_step
 
 

@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from grug_native.process import prepare_process
+from grug_native.host.process import prepare_process
 
 if __name__ == "__main__":
     prepare_process()

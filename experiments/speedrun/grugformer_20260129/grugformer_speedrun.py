@@ -5,7 +5,7 @@ offline, in a few minutes. The real sizes train on FineWeb-Edu with the Llama 3 
 `--executor` runs the same as a step of Marin's executor. To try something else, copy this file and change it.
 """
 
-from grug_native.process import end_at_ctrl_c, prepare_process
+from grug_native.host.process import end_at_ctrl_c, prepare_process
 
 if __name__ == "__main__":
     end_at_ctrl_c()
@@ -30,20 +30,20 @@ from grug_native import (
     AdamWConfig,
     GrugTrainerConfig,
 )
-from grug_native.cli_errors import explained_exit
-from grug_native.job import train_to_results
+from grug_native.launch.exit_codes import explained_exit
+from grug_native.launch.job import train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.parts import load_tokenizer
-from grug_native.progress import configure_logging
-from grug_native.results import print_results
-from grug_native.run_place import tokenizer_of
+from grug_native.components import load_tokenizer
+from grug_native.tracking.progress import configure_logging
+from grug_native.launch.summary import print_results
+from grug_native.checkpoint.run_place import tokenizer_of
 
 if TYPE_CHECKING:
     from fray.types import ResourceConfig
     from levanter.data.text.datasets import LmDataConfig
     from marin.execution.lazy import ArtifactStep
 
-    from grug_native.launch import GrugRun
+    from grug_native.launch.marin import GrugRun
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens of the real sizes, per weight of the model (Hoffmann et al. 2022, arXiv 2203.15556)."""
@@ -125,7 +125,7 @@ def local_data(cache_dir: str, *, output_path: str | None = None) -> "LmDataConf
         cache_dir: where corpora are kept.
         output_path: folder of the run; one that has been started keeps its tokenizer.
     """
-    from grug_native.corpus import embedded_corpus
+    from grug_native.data.corpus import embedded_corpus
 
     kept = None if output_path is None else tokenizer_of(Path(output_path))
     return embedded_corpus(cache_dir, vocab_size=MODEL_PRESETS["tiny"].vocab_size, keep_tokenizer=kept)
@@ -203,8 +203,8 @@ def choose_data(name: str, *, output_path: str | None = None) -> "LmDataConfig":
     if name == "local":
         return local_data("runs/corpora", output_path=output_path)
     if Path(name).is_dir():
-        from grug_native.corpus import local_text_data
-        from grug_native.documents import find_files
+        from grug_native.data.corpus import local_text_data
+        from grug_native.data.documents import find_files
 
         files = find_files("--data", name, leave_out=[Path("runs"), Path(output_path or "runs")]).files
         kept = None if output_path is None else tokenizer_of(Path(output_path))
@@ -237,7 +237,7 @@ def build_step(
     from marin.execution.lazy import StepContext
     from marin.experiment.data import mixture, pretokenized, tokenized
 
-    from grug_native.launch import corpus_data, corpus_step, training_step
+    from grug_native.launch.marin import corpus_data, corpus_step, training_step
 
     data = data or _default_data(size)
     name = f"speedrun/grugformer-{size}-{data.strip('/').replace('/', '-')}"
@@ -274,7 +274,7 @@ def print_run_info(size: str, *, num_train_steps: int | None = None) -> None:
     config = build_run(size, data=LmDataConfig(), num_train_steps=num_train_steps)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, config.seq_len)
     steps = config.trainer.num_train_steps
-    tokens = config.trainer.sequences_before(steps) * config.seq_len
+    tokens = config.trainer.data_offset(steps) * config.seq_len
     table = Table(title=f"grugformer {size}", show_header=False, title_justify="left")
     table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     table.add_row("tokens", f"{tokens:,} ({tokens / counts['total']:.1f} per parameter)")
@@ -324,7 +324,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         return
     if arguments.executor:
-        from grug_native.launch import run_steps
+        from grug_native.launch.marin import run_steps
 
         step = build_step(size, data=arguments.data, num_train_steps=steps, version=arguments.version or "dev")
         data = arguments.data or _default_data(size)

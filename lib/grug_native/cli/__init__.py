@@ -1,0 +1,1 @@
+"""The command line: `grug train | plan | eval | harness | sample | plot | ckpt`."""

@@ -1,0 +1,1 @@
+"""What the devices can do, and which kernel was chosen for them."""

@@ -1,0 +1,1 @@
+"""Configs as plain data, before they are made: keys, classes by name, earlier versions."""
