@@ -38,6 +38,7 @@ TESTED_WITH = {
     "parsing_named_types": "config",
     "resume": "plan",
     "run_plan": "plan",
+    "step_log": "runner",
 }
 """Modules which have no test file of their own, since they are one thing with another to whoever calls them."""
 

@@ -371,7 +371,8 @@ def test_errors_have_their_exit_codes() -> None:
     from grug_native.checkpoint.metadata import CheckpointError, CheckpointMismatchError, NoUsableCheckpointError
     from grug_native.host.run_folder import RunLockedError
     from grug_native.launch.exit_codes import explain
-    from grug_native.loop import EvaluationError, NonFiniteError
+    from grug_native.loop import EvaluationError
+    from grug_native.step_log import NonFiniteError
 
     for error, code in (
         (NoUsableCheckpointError("x"), 3),
