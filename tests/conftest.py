@@ -1,8 +1,12 @@
 """What all tests share: four fake CPU devices, no network, compiled programs, one small corpus and one small run."""
 
+import gc
 import os
+import signal
 import sys
 import tempfile
+
+import pytest
 
 FOLDER = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 """What is kept as long as the session lasts; held by the process that starts all others."""
@@ -14,6 +18,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["NPROC"] = "16"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Code that is made fast, as a test compiles far longer than it computes; whoever wants other code says so.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # What one process of a worker has compiled, its others load: a small model compiles far longer than it trains.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without a bound JAX takes no lock, and reads what another process has half written.
@@ -29,7 +36,18 @@ else:
     # A folder for each worker: on a busy machine they would wait for each other's lock longer than JAX has patience.
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
+gc.set_threshold(100_000, 50, 100)  # JAX keeps millions of objects, and to scan them again and again takes a sixth.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a script; what is started inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST = ("test_variants.py", "test_train.py", "test_lowering.py")
+"""Files that come first, lest one worker be left alone with them; then come the folders, whose tests are long."""
+
 pytest_plugins = ["tests.fixtures_data", "tests.fixtures_run"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_unconfigure() -> None:

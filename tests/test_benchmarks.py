@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.benchmarks import eval_stall, growth, input_pipeline, loop_overhead, measure, optimizers
+from experiments.benchmarks import eval_stall, experts, growth, input_pipeline, loop_overhead, measure, optimizers
 from experiments.benchmarks.measure import SHAPES, Spread, interleave, spread
 from experiments.benchmarks.optimizers import Bench, Outcome, Study, Trial, run_row, tune
 from grug_native.optimizer import AdamWConfig, MuonConfig
@@ -148,6 +148,25 @@ def test_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["numbers"][optimizers.RATIO] == 2
     assert found["numbers"]["step of Muon / step of AdamW"]["count"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_experts_have_no_more_active_operations() -> None:
+    dense, mixture = (experts.active_flops(model) for model in experts.MODELS.values())
+    assert 0.99 * dense < mixture <= dense
+
+
+def test_experts_are_compared_with_the_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--runs", str(tmp_path / "runs.jsonl"), "--json", str(tmp_path / "numbers.json")]
+    start = AdamWConfig(schedule=ScheduleConfig(warmup=0.1), learning_rate=1e-2)
+    rows: list[str] = []
+    for number, model in enumerate(experts.MODELS.values()):
+        study = replace(TOY_STUDY, model=model)
+        trials = [Trial(start, study.steps, seed) for seed in study.seeds]
+        rows += [run_row(study, trial, Outcome(((4, 2.0 - number),), 1.0)) for trial in trials]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    experts.main([*command, "--most", "0"], TOY_STUDY, rates=(1e-2,))
+    found = numbers_of(tmp_path / "numbers.json")
+    assert [found[name]["mean bits/byte"] for name in experts.MODELS] == [2.0, 1.0]
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_inside(tmp_path: Path) -> None:

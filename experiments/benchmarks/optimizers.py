@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, final
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
 from grug_native import AdamWConfig, GrugModelConfig, GrugNativeRunConfig, GrugRunner, GrugTrainerConfig
 from grug_native.data.corpus import embedded_corpus
+from grug_native.language_model import ModelConfig
 from grug_native.optimizer import MuonConfig
 from grug_native.schedule import ScheduleConfig
 from grug_native.tracking.plot import write_picture
@@ -60,7 +61,7 @@ MODEL = GrugModelConfig(
 class Study:
     """What all runs have in common."""
 
-    model: GrugModelConfig = MODEL
+    model: ModelConfig = MODEL
     batch_size: int = 16
     """Sequences a step."""
     steps: int = 300

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.overrides = overrides
     module, function = parsed.command
     try:
-        return getattr(import_module(f"grug_native.{module}"), function)(parsed) or 0
+        return getattr(import_module(f"grug_native.cli.{module}"), function)(parsed) or 0
     except KeyboardInterrupt:  # Before there was anything to save; the training loop has a way of its own.
         return 130
     except Exception as error:
@@ -196,16 +196,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, Verbs]:
     ckpt = add("ckpt", help="list, show, verify and compare checkpoints", epilog=_EXIT_CODES)
     actions = ckpt.add_subparsers(metavar="ACTION", required=True)
     action = actions.add_parser
-    _add_run(_add(action, "ls", "list a run's checkpoints", ("checkpoint_commands", "list_all")))
-    show = _add(action, "show", "print all that a checkpoint says about itself", ("checkpoint_commands", "show"))
+    _add_run(_add(action, "ls", "list a run's checkpoints", ("ckpt", "list_all")))
+    show = _add(action, "show", "print all that a checkpoint says about itself", ("ckpt", "show"))
     _add_run(show)
     show.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    verify = _add(
-        action, "verify", "read checkpoints, and compare them with their digests", ("checkpoint_commands", "verify")
-    )
+    verify = _add(action, "verify", "read checkpoints, and compare them with their digests", ("ckpt", "verify"))
     _add_run(verify)
     verify.add_argument("--step", type=int, help="which checkpoint (default: all)")
-    diff = _add(action, "diff", "compare two checkpoints", ("checkpoint_commands", "diff"))
+    diff = _add(action, "diff", "compare two checkpoints", ("ckpt", "diff"))
     _add_run(diff)
     diff.add_argument("a", type=int, metavar="STEP", help="one of the run's checkpoints")
     diff.add_argument("b", type=int, metavar="STEP", help="another; of OTHER, if it is given")
