@@ -12,7 +12,7 @@ from grug_native.cli import main as cli
 from tests.faults.runs import ForkServer, Run
 
 OLD = Path(__file__).parent / "old_run"
-MEASURED = ("train/loss", "grad/norm/total", "updates/norm/total", "params/norm/total")
+MEASURED = ("train/loss", "optim/learning_rate", "grad/norm/total", "updates/norm/total", "params/norm/total")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def test_a_run_of_an_earlier_version_is_resumed(optimizer: str, server: ForkServ
     found, whole = rows_of(run / "metrics.jsonl"), rows_of(run / "whole.jsonl")
     assert [row["data/batch_digest"] for row in found] == [row["data/batch_digest"] for row in whole]
     for new, old in zip(found, whole, strict=True):
-        assert new["step"] == old["step"] and new["optim/learning_rate"] == old["optim/learning_rate"]
+        assert new["step"] == old["step"]
         # The step has become another program since, and a processor may multiply in another order: rounding, no more.
         np.testing.assert_allclose([new[n] for n in MEASURED], [old[n] for n in MEASURED], rtol=2e-5)
     assert cli.main(["ckpt", "verify", str(run)]) == 0
