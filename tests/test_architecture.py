@@ -17,9 +17,18 @@ LONGEST = 350
 """Lines of a file of the library, unless the docstring at its top says why it is longer."""
 
 TESTED_WITH = {
+    "bucket_committing": "bucket_checkpointer",
     "bucket_errors": "bucket_store",
     "bucket_owner": "bucket_run_writer",
+    "bucket_place": "bucket_checkpointer",
+    "bucket_processes": "bucket_checkpointer",
+    "bucket_reading": "bucket_checkpointer",
+    "bucket_reports": "evaluation_harness_reports",
+    "bucket_run_files": "bucket_checkpointer",
+    "bucket_save_queue": "bucket_checkpointer",
     "checkpoint_record": "checkpoint_metadata",
+    "checkpoint_schedule": "checkpoint_checkpointer",
+    "checkpoint_source": "checkpoint_orbax_io",
     "cli_ckpt": "cli_main",
     "cli_commands": "cli_main",
     "data_corpus_making": "data_corpus",
@@ -38,6 +47,7 @@ TESTED_WITH = {
     "loop": "runner",
     "parsing_check": "config",
     "parsing_named_types": "config",
+    "parsing_overrides": "config",
     "resume": "plan",
     "run_plan": "plan",
     "step_log": "runner",

@@ -109,7 +109,12 @@ def start_s3(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     command = [weed, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"]
     command += [f"-master.port.grpc={free_port()}", f"-volume.port.grpc={free_port()}"]
-    command += [f"-filer.port.grpc={free_port()}", f"-s3.port.grpc={free_port()}", f"-s3.port.iceberg={0}"]
+    command += [
+        f"-filer.port.grpc={free_port()}",
+        f"-s3.port.grpc={free_port()}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
     command += ["-s3", f"-s3.port={s3}", f"-s3.config={folder / 'keys.json'}", "-s3.iam=false"]
     command += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
     command += ["-master.volumeSizeLimitMB=64", "-volume.max=40"]

@@ -185,6 +185,10 @@ class RunHead:
         moved = tuple(SetAside(entry=c, label=label, why=why) for c in self.checkpoints if c in entries)
         return replace(self.without(entries), set_aside=(*self.set_aside, *moved))
 
+    def pardoned(self) -> "RunHead":
+        """With the damaged checkpoints counted among those that were stepped back over: the run starts anew."""
+        return replace(self, set_aside=tuple(replace(aside, label="abandoned") for aside in self.set_aside))
+
     def cut(self, step: int) -> "RunHead":
         """With the record of the steps before `step`: segments end where a checkpoint was committed."""
         return replace(self, log=tuple(segment for segment in self.log if segment.first < step))
