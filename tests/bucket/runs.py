@@ -21,14 +21,16 @@ class BucketRun:
     """A run in a bucket; this process finds it by its own environment."""
 
     url: str
-    bucket: Bucket
+    bucket: Bucket | None
+    """The server; None where the environment of this process leads to the store."""
     run: Run
     """Its config, and the log of its processes."""
 
     def start(self, fault: str | None = None, **settings: Any) -> Running:
         """Starts a process of the run."""
         given: Mapping[str, str] = settings.pop("environment", {})
-        return self.run.start(fault, environment={**self.bucket.environment(), **given}, **settings)
+        own = {} if self.bucket is None else self.bucket.environment()
+        return self.run.start(fault, environment={**own, **given}, **settings)
 
     def fit(self, fault: str | None = None, **settings: Any) -> Ended:
         """Runs a process of the run to its end."""

@@ -11,6 +11,7 @@ from tests.bucket.proxy import Rule
 from tests.bucket.runs import BucketRun, bucket_run
 from tests.bucket.servers import Bucket
 from tests.faults.runs import ForkServer, Run
+from tests.faults.soak import soak_bucket
 
 KILL_POINTS = "compile:0 data:3 step:3 log:3 pre_save:4 after_d2h:4 mid_write:4 pre_commit:4 post_commit:4 fetch:5"
 LONG = {"trainer.num_train_steps": 40}
@@ -62,16 +63,16 @@ def test_of_three_starters_one_runs(server: ForkServer, bucket: Bucket, tmp_path
     assert run.steps[-1] == 40 and len(run.record()) == 40
 
 
-def test_the_run_outlives_an_outage(run: BucketRun, whole: Run) -> None:
+def test_the_run_outlives_an_outage(run: BucketRun, bucket: Bucket, whole: Run) -> None:
     """All requests fail for a while; training goes on, and nothing is set aside or lost."""
     process = run.start("sleep@step:7")
     process.until(lambda: run.steps and run.steps[-1] >= 4)
     process.kill()
     process = run.start()
     process.until_said("resuming from")
-    run.bucket.proxy.set_rules(Rule("answer", match=".", times=10**6))
+    bucket.proxy.set_rules(Rule("answer", match=".", times=10**6))
     time.sleep(12)
-    run.bucket.proxy.set_rules()
+    bucket.proxy.set_rules()
     process.wait().expect(0)
     run.expect_equal(whole)
     assert run.head.set_aside == ()
@@ -136,3 +137,12 @@ def test_what_cannot_be_used_is_said_in_a_line(server: ForkServer, bucket: Bucke
     bucket.proxy.set_rules()
     dead.grug("eval", dead.url).expect(2, "has no config.yaml")
     dead.grug("ckpt", "ls", dead.url).expect(2, "holds no checkpoint")
+
+
+@pytest.mark.slow_faults
+@pytest.mark.timeout(900)
+def test_sigkill_at_random_moments(server: ForkServer, bucket: Bucket, tmp_path: Path) -> None:
+    """A short one of `python -m tests.faults.soak --output URL`."""
+    assert "undisturbed" in soak_bucket(
+        server, bucket.new_folder(), tmp_path, kills=12, steps=200, seed=3, bucket=bucket
+    )

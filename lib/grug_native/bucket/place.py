@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from grug_native.checkpoint import run_place
 from grug_native.checkpoint.source import Checkpoints, FolderCheckpoints
 from grug_native.host.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunLockedError, is_bucket, local_path
-from grug_native.tracking.jsonl import METRICS_FILE
 
 if TYPE_CHECKING:
     from grug_native.bucket.store import Store
@@ -75,6 +74,7 @@ def read_file(output_path: str, name: str) -> bytes | None:
     from grug_native.bucket.reading import small_file
     from grug_native.bucket.record import live_record
     from grug_native.bucket.run_writer import read_head
+    from grug_native.tracking.jsonl import METRICS_FILE
 
     store = store_of(output_path)
     head = read_head(store)
