@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grug_native.checkpoint.digest import host_digest, item_of
+from grug_native.checkpoint.digest import host_digest, is_trouble, item_of
 from grug_native.checkpoint.leaves import finish_digests, start_digests
 
 DTYPES = [np.float32, np.int32, np.uint32, ml_dtypes.bfloat16, np.float16, np.int8, np.uint8, np.bool_]
@@ -82,3 +82,25 @@ def test_items() -> None:
     assert item_of("ema_params.embed") == ("ema_params", "embed")
     assert item_of("opt_state.0.mu.embed") == ("train", "opt_state.0.mu.embed")
     assert item_of("step") == ("train", "step")
+
+
+@pytest.mark.parametrize(
+    ("words", "trouble"),
+    [
+        ("ABORTED: All 6 retry attempts failed: Service Unavailable [http_response_code='503']", True),
+        ("UNAUTHENTICATED: no token", True),
+        ("PERMISSION_DENIED: Forbidden [http_response_code='403']", True),
+        ("Error reading x/c/0/0: ExpiredToken [http_response_code='400']", True),
+        ("UNAVAILABLE: CURL error Could not connect to server [curl_code='7']", True),
+        ("NOT_FOUND: chunk {1, 0} stored at gs://b/ABORTED: /UNAVAILABLE/c/1/0 is missing", False),
+        ("NOT_FOUND: Not Found [http_response_code='404']", False),
+        ("FAILED_PRECONDITION: Error reading x/c/0/0: Not enough data", False),
+        ('DATA_LOSS: Error opening "zarr3" driver: Invalid JSON', False),
+    ],
+)
+def test_what_tensorstore_says_is_trouble_or_damage(words: str, trouble: bool) -> None:
+    assert is_trouble(ValueError(words)) == trouble
+
+
+def test_want_of_memory_or_of_an_answer_is_trouble() -> None:
+    assert is_trouble(MemoryError()) and is_trouble(TimeoutError())

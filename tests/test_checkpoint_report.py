@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native.checkpoint import report as checkpoint_report
+from grug_native.checkpoint import source as checkpoint_source
 from grug_native.checkpoint.metadata import CheckpointError, read_metadata
 from grug_native.checkpoint.report import (
     checkpoints_table,
@@ -62,7 +63,7 @@ def test_listing(folder: Path) -> None:
 def test_what_a_run_deletes_meanwhile_is_left_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (checkpoint_report, checkpoint_commands):
+    for module in (checkpoint_report, checkpoint_source):
         monkeypatch.setattr(module, "committed_steps", lambda _: [9, 3])
     assert [entry.path.name for entry in list_checkpoints(folder)] == ["step-3", ".abandoned-step-2"]
     assert checkpoint_commands.verify(argparse.Namespace(run=str(folder), step=None)) == 0

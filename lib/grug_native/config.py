@@ -1,6 +1,5 @@
 """The configuration of a run: plain frozen data, its cross-checks, and YAML in and out."""
 
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,17 @@ import draccus
 import equinox as eqx
 import yaml
 
-from grug_native.checkpoint.run_place import at_absolute_paths, is_run, read_config_file, read_yaml, recorded_name
+from grug_native.bucket.place import files_of, read_config_file, recorded_config
+from grug_native.checkpoint.run_place import at_absolute_paths, recorded_name
 from grug_native.evaluation.config import GrugEvalConfig
-from grug_native.host.run_folder import CONFIG_FILE, fsync, local_path, validate_run_id
+from grug_native.host.run_folder import CONFIG_FILE, fsync, is_bucket, validate_run_id
 from grug_native.language_model import ModelConfig
 from grug_native.loss import CrossEntropyName
 from grug_native.optimizer import OptimizerConfig
-from grug_native.parsing.check import check_data, checked, decode, no_mapping, read_value
-from grug_native.parsing.named_types import decode_named, encode_named, shared_fields
+from grug_native.parsing.check import check_data, checked, decode, no_mapping
+from grug_native.parsing.named_types import decode_named, encode_named
 from grug_native.parsing.old_configs import upgraded
+from grug_native.parsing.overrides import overridden
 from grug_native.sharding import MeshAxes
 from grug_native.tracking.profile import profile_window
 from grug_native.types import check_seed
@@ -86,6 +87,13 @@ class GrugTrainerConfig:
     each change is recorded in the checkpoints that follow."""
     profile: str | None = None
     """`START:STEPS`: so many steps are traced, from step START on, into `profile/step-START`; None traces none."""
+    temporary_root: str | None = None
+    """Of a run in a bucket: URL under which its temporary checkpoints go, such as one whose objects a rule deletes
+    after some days; None puts them beside the permanent ones."""
+    store_patience_minutes: float = 30.0
+    """Of a run in a bucket: minutes for which a save is tried again while the bucket is in trouble."""
+    store_lease_seconds: float = 60.0
+    """Of a run in a bucket: seconds without a sign of life after which another process may take the run."""
     run_id: str | None = None
     """Name of the run, in checkpoints and trackers; None means the last part of `output_path`."""
     trackers: tuple[TrackerConfig, ...] = ()
@@ -96,6 +104,11 @@ class GrugTrainerConfig:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be positive")
         check_seed("trainer.seed", self.seed)
+        for name, least in (("store_patience_minutes", 0), ("store_lease_seconds", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")
+        if self.temporary_root is not None and not is_bucket(self.temporary_root):
+            raise ValueError(f"trainer.temporary_root={self.temporary_root!r} must be a URL, gs://... or s3://...")
         if self.data_seed is not None:
             check_seed("trainer.data_seed", self.data_seed)
         if self.max_skipped_steps < 0:
@@ -168,6 +181,8 @@ class GrugNativeRunConfig:
             )
         if not self.output_path or Path(self.output_path).is_file():
             raise ValueError(f"output_path={self.output_path!r} must be a folder, or a name that is free for one")
+        if self.trainer.temporary_root is not None and not is_bucket(self.output_path):
+            raise ValueError("trainer.temporary_root is for a run in a bucket, and output_path is a path: leave it out")
         validate_run_id(self.run_id)
 
     @override
@@ -205,6 +220,9 @@ COSMETIC_FIELDS = (
             "keep_last_checkpoints",
             "max_skipped_steps",
             "allow_changes",
+            "temporary_root",
+            "store_patience_minutes",
+            "store_lease_seconds",
             "run_id",
             "profile",
             "trackers",
@@ -295,15 +313,15 @@ def _write_yaml(raw: Mapping[str, Any], path: Path) -> None:
 def save_own_config(config: GrugNativeRunConfig) -> None:
     """Writes `config.yaml` into the run's folder: with absolute paths, and without what this one start allows."""
     own = replace(config, trainer=replace(config.trainer, allow_changes=()))
-    _write_yaml(at_absolute_paths(config_to_dict(own)), local_path(config.output_path) / CONFIG_FILE)
+    _write_yaml(at_absolute_paths(config_to_dict(own)), files_of(config.output_path) / CONFIG_FILE)
 
 
 def with_own_name(config: GrugNativeRunConfig) -> GrugNativeRunConfig:
     """The config under the name that the run in its folder has, if one has been started there and no other is given."""
-    folder = Path(config.output_path)
-    if config.trainer.run_id is not None or not is_run(folder):
+    if config.trainer.run_id is not None:
         return config
-    name = recorded_name(folder, read_yaml(folder / CONFIG_FILE))
+    raw = recorded_config(config.output_path)
+    name = config.run_id if raw is None else recorded_name(Path(config.output_path), raw)
     return config if name == config.run_id else replace(config, trainer=replace(config.trainer, run_id=name))
 
 
@@ -314,35 +332,9 @@ def load_config(path: str | Path) -> GrugNativeRunConfig:
         ValueError: for an unknown key, with the nearest known name, or a value that cannot be.
         FileNotFoundError: if there is no such file.
     """
-    return config_from_dict(read_config_file(Path(path)))
+    return config_from_dict(read_config_file(path))
 
 
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Sets fields of a config's sections by their dotted names.
-
-    Args:
-        raw: the sections; they are left as they are.
-        overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`;
-            where a field is text, the value is taken as it is.
-
-    Where another class of model or optimizer is named, the fields that it does not have are left out.
-
-    Raises:
-        ValueError: if what a name leads through is no section, or a value is no YAML.
-    """
-    changed = copy.deepcopy(dict(raw))
-    for section in ("model", "optimizer"):
-        for kind in (value for name, value in overrides if name == f"{section}.type"):
-            if isinstance(changed.get(section), dict):
-                changed[section] = shared_fields(section, changed[section], kind)
-    for name, value in overrides:
-        *parents, key = name.split(".")
-        section = changed
-        for depth, parent in enumerate(parents, start=1):
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ValueError(f"--{name}: {'.'.join(parents[:depth])} is {section!r}, and has no fields")
-        section[key] = read_value(GrugNativeRunConfig, name, value)
-    return changed
+    """Sets fields of a run's sections by their dotted names; see `grug_native.parsing.overrides.overridden`."""
+    return overridden(GrugNativeRunConfig, raw, overrides)

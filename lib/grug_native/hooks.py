@@ -10,11 +10,12 @@ from typing import Any, final
 
 import jax
 
+from grug_native.bucket.place import files_of
 from grug_native.components import RunParts
 from grug_native.evaluation.config import GrugHarnessConfig
 from grug_native.evaluation.harness_reports import UnwrittenReportError
 from grug_native.host.fault_injection import fault_point
-from grug_native.host.run_folder import local_path
+from grug_native.host.run_folder import is_bucket, local_path
 from grug_native.host.signals import StopRequestedError, leave_if_told_to_stop
 from grug_native.language_model import LanguageModel
 from grug_native.state import GrugTrainState
@@ -83,7 +84,14 @@ def harness_parameters(
     else:
         harness = build_harness(config, parts.tokenizer, max_length=run.seq_len)
     with jax.set_mesh(parts.mesh):
-        return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
+        if not is_bucket(run.output_path):
+            return harness.run(scorer, step=step, folder=local_path(run.output_path) / HARNESS_FOLDER)
+        from grug_native.bucket.reports import reports_folder
+
+        patience = 60 * run.trainer.store_patience_minutes
+        with reports_folder(run.output_path, HARNESS_FOLDER, patience=patience) as reports:
+            reports.metrics = harness.run(scorer, step=step, folder=reports.folder)
+        return reports.metrics
 
 
 def sample_parameters(parts: RunParts, params: LanguageModel, prompt: str, **settings: Any) -> str:
@@ -105,7 +113,7 @@ class Evaluations:
         """Takes the run and where its metrics go; builds nothing. Samples from `start_step` on go, to be redone."""
         self._parts = parts
         self._tracker = tracker
-        samples = local_path(parts.config.output_path) / SAMPLES_FILE
+        samples = files_of(parts.config.output_path) / SAMPLES_FILE
         if jax.process_index() == 0 and samples.exists():
             samples.write_text(_samples_before(start_step, samples.read_text()))
         self.failed = 0
@@ -187,7 +195,7 @@ class Evaluations:
             sample_parameters(parts, state.params, prompt, max_new_tokens=config.eval.sample_tokens, seed=step)
             for prompt in config.eval.sample_prompts
         ]
-        path, heading = local_path(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"
+        path, heading = files_of(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"
         if jax.process_index() != 0:
             return
         with path.open("a") as file:

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, final
 import jax
 import jax.numpy as jnp
 
-from grug_native.checkpoint.checkpointer import GrugCheckpointer
+from grug_native.bucket.place import files_of, kept_in
 from grug_native.checkpoint.orbax_io import Restored
 from grug_native.components import RunParts
 from grug_native.config import config_to_dict, save_own_config
 from grug_native.data.loader import iter_from_step
 from grug_native.hooks import Evaluations
 from grug_native.host.fault_injection import fault_point
-from grug_native.host.run_folder import RESULTS_FILE, local_path, step_name
+from grug_native.host.run_folder import RESULTS_FILE
 from grug_native.host.signals import StopSignal
 from grug_native.host.streams import lasting_streams
 from grug_native.plan import build_plan
 from grug_native.resume import check_data_offset, check_steps
-from grug_native.saving import open_checkpointer, record_data
+from grug_native.saving import Checkpointer, open_checkpointer, record_data
 from grug_native.state import GrugTrainState
 from grug_native.step_log import StepLog
 from grug_native.tracking.jsonl import build_trackers
@@ -85,7 +85,7 @@ class _OpenRun:
     def __init__(self, parts: RunParts, stack: ExitStack, resume_step: int | None):
         """Finds what is wrong with the run, opens its data, takes its lock, and loads the state to go on from."""
         config, trainer = parts.config, parts.config.trainer
-        folder, self._process = local_path(config.output_path), jax.process_index()
+        folder, self._process = files_of(config.output_path), jax.process_index()
         self._parts, self._stack, self._start_up = parts, stack, StartUp()
         stack.enter_context(lasting_streams())
         stack.enter_context(messages_shown())
@@ -101,7 +101,7 @@ class _OpenRun:
         stack.enter_context(jax.set_mesh(parts.mesh))
         self._checkpointer = stack.enter_context(open_checkpointer(parts))
         if self._process == 0:
-            log_file.keep(folder)
+            log_file.keep(folder, kept_in(config.output_path))
         self._checkpointer.preflight(parts.state_shape)
         restored = _restore(self._checkpointer, parts, resume_step)
         self.state, self.start = restored.state, 0 if restored.metadata is None else restored.metadata.step
@@ -111,6 +111,8 @@ class _OpenRun:
         if self._process == 0:
             save_own_config(config)
             record_data(parts)
+        self._checkpointer.begin(self.start)
+        self._checkpointer.keep_files()
         tracker = build_trackers(trainer.trackers, folder, config.run_id, start_step=self.start)
         stack.callback(tracker.finish)
         tracker.log_hyperparameters(config_to_dict(config))
@@ -203,14 +205,14 @@ class _OpenRun:
         start_save(state, step=step, data_offset=offset, skipped_steps=self._log.skipped)
 
 
-def _restore(checkpointer: GrugCheckpointer, parts: RunParts, resume_step: int | None) -> Restored[GrugTrainState]:
+def _restore(checkpointer: Checkpointer, parts: RunParts, resume_step: int | None) -> Restored[GrugTrainState]:
     """Loads the state to go on from. Newer ones are put away once it is known to be sound."""
     chosen = checkpointer.restore(parts.state_shape, step=resume_step) if resume_step else None
     if resume_step is not None:
         if jax.process_index() == 0:
-            (checkpointer.folder.parent / RESULTS_FILE).unlink(missing_ok=True)
+            (files_of(parts.config.output_path) / RESULTS_FILE).unlink(missing_ok=True)
         checkpointer.rollback(resume_step)
     if chosen is not None:
-        logger.info("resuming from %s", checkpointer.folder / step_name(resume_step or 0))
+        logger.info("resuming from %s", checkpointer.where(resume_step or 0))
         return chosen
     return checkpointer.restore_latest_or_initialize(parts.init_state, parts.state_shape)

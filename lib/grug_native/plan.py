@@ -20,12 +20,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from grug_native.bucket.place import check_place, checkpoints_of
 from grug_native.checkpoint.leaves import state_bytes
 from grug_native.components import RunParts
 from grug_native.data.corpus_store import RECORD_FILE, Counts, read_counts
 from grug_native.data.mixture import Weights, check_mixture, check_names, mixture_stages
 from grug_native.host.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
-from grug_native.host.run_folder import committed_steps, local_path
+from grug_native.host.run_folder import is_bucket, local_path
 from grug_native.kernels.backend import current_backend
 from grug_native.kernels.choices import Choice, noted_choices
 from grug_native.loss import next_token_loss
@@ -79,23 +80,25 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
     Raises:
         ValueError: for whatever can be known to be wrong: mesh, routing, schedule, vocabulary, batch sizes.
         OSError: if the disk has no room for the checkpoints.
+        StoreError: if the run is to be in a bucket that cannot be used.
     """
     config, trainer = parts.config, parts.config.trainer
     model, steps = config.model, config.trainer.num_train_steps
     state = parts.state_shape  # The mesh, the shapes and the routing are checked here.
     vocabulary = _check_vocabulary(config.data.tokenizer, model.vocab_size)
     _check_eval_batch(parts)
-    folder = local_path(config.output_path)
-    saved = committed_steps(folder / "checkpoints")
+    if jax.process_index() == 0:
+        check_place(config.output_path)
+    saved = checkpoints_of(config.output_path).steps()
     checkpoint_bytes = state_bytes(state)
     needed = _disk_needed(parts, checkpoint_bytes, saved)
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if free < needed:
+    free = _disk_free(config.output_path)
+    if free is not None and free < needed:
         raise OSError(
             errno.ENOSPC,
             f"the checkpoints still to come need {_bytes(needed)}, and {_bytes(free)} are free: make room, "
             "raise trainer.steps_per_checkpoint, or change output_path",
-            str(folder),
+            str(local_path(config.output_path)),
         )
     flops = flops_per_token(model, config.seq_len)
     tokens = trainer.data_offset(steps) * config.seq_len
@@ -176,6 +179,13 @@ def _disk_needed(parts: RunParts, checkpoint_bytes: int, saved: Sequence[int]) -
     temporary = sum(step not in permanent for step in saved)  # They go as newer ones come.
     spare = max(trainer.keep_last_checkpoints - temporary, 0) + _DISK_MARGIN
     return int((to_come + spare) * checkpoint_bytes) if to_come else 0
+
+
+def _disk_free(output_path: str) -> int | None:
+    if is_bucket(output_path):
+        return None
+    folder = local_path(output_path)
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:

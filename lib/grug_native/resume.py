@@ -1,8 +1,8 @@
 """Whether a run may go on from a checkpoint, and as what: the same checks for its plan and for itself."""
 
 import logging
-from pathlib import Path
 
+from grug_native.bucket.place import checkpoints_of, fetched
 from grug_native.checkpoint.leaves import check_leaves, leaf_records, named_leaves
 from grug_native.checkpoint.metadata import (
     CheckpointMetadata,
@@ -11,19 +11,12 @@ from grug_native.checkpoint.metadata import (
     RunIdentity,
     check_identity,
     no_usable_checkpoint,
-    read_metadata,
 )
+from grug_native.checkpoint.source import Checkpoints
 from grug_native.components import RunParts
 from grug_native.config import COSMETIC_FIELDS, GrugNativeRunConfig, GrugTrainerConfig, config_to_dict
-from grug_native.data.record import read_records
-from grug_native.host.run_folder import (
-    CHECKPOINTS_FOLDER,
-    committed_steps,
-    find_checkpoint,
-    local_path,
-    quarantined,
-    step_name,
-)
+from grug_native.data.record import DATA_FILE, read_records
+from grug_native.host.run_folder import step_name
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +35,7 @@ def run_identity(parts: RunParts) -> RunIdentity:
         cosmetic=COSMETIC_FIELDS,
         allowed_changes=config.trainer.allow_changes,
         data=parts.data_record,
-        known_data=read_records(local_path(config.output_path)),
+        known_data=read_records(fetched(config.output_path, [DATA_FILE])),
     )
 
 
@@ -58,8 +51,7 @@ def check_resume(parts: RunParts) -> int | None:
         CheckpointMismatchError: the newest checkpoint is of another run, configuration, data or model.
         NoUsableCheckpointError: there are checkpoints, all damaged.
     """
-    folder = checkpoints_folder(parts)
-    metadata = _newest(folder)
+    metadata = _newest(checkpoints_of(parts.config.output_path))
     if metadata is None:
         return None
     check_identity(metadata, _identity_so_far(parts, metadata))
@@ -77,18 +69,18 @@ def check_steps(config: GrugNativeRunConfig, *, stop_after: int | None, resume_s
     if stop_after is not None and stop_after < 0:
         raise ValueError(f"stop_after={stop_after} must not be negative: it counts steps from the start of the run")
     if resume_step:
-        find_checkpoint(local_path(config.output_path) / CHECKPOINTS_FOLDER, resume_step)
+        checkpoints_of(config.output_path).find(resume_step)
 
 
-def _newest(folder: Path) -> CheckpointMetadata | None:
-    steps = committed_steps(folder)
-    for step in steps:
+def _newest(checkpoints: Checkpoints) -> CheckpointMetadata | None:
+    steps = checkpoints.steps()
+    for checkpoint in checkpoints.every():
         try:
-            return read_metadata(folder / step_name(step))
+            return checkpoint.read_metadata()
         except DamagedCheckpointError as error:
             logger.error("CHECKPOINT DAMAGED: %s; trying the next older one", error)
-    if steps or quarantined(folder):
-        raise no_usable_checkpoint(folder, [*map(step_name, steps), *(path.name for path in quarantined(folder))])
+    if remains := [*map(step_name, steps), *checkpoints.damaged()]:
+        raise no_usable_checkpoint(checkpoints, remains)
     return None
 
 
@@ -124,8 +116,3 @@ def check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) 
             f"{trainer.train_batch_size} it would come after {wanted}, so that the next batch would not be the next: "
             f"give the change as a schedule that begins at step {step}, ((0, ...), ({step}, ...))"
         )
-
-
-def checkpoints_folder(parts: RunParts) -> Path:
-    """Where the checkpoints of a run are."""
-    return local_path(parts.config.output_path) / CHECKPOINTS_FOLDER

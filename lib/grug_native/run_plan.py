@@ -85,8 +85,8 @@ class RunPlan:
     """Of one checkpoint."""
     disk_needed: int
     """Bytes of the checkpoints still to be written, with a temporary one and a margin."""
-    disk_free: int
-    """Bytes that the disk of the run's folder has left."""
+    disk_free: int | None
+    """Bytes that the disk of the run's folder has left; None for a bucket, which does not tell."""
     vocabulary: int | None
     """Tokens of the tokenizer; None if it is not at hand."""
     memory: MemoryUse | None
@@ -173,7 +173,8 @@ def _costs(plan: RunPlan) -> _Rows:
     yield "FLOPs a token", f"{flops.full:.3g} ({flops.causal:.3g} counting the causal half of attention)"
     yield "FLOPs in all", f"{plan.total_flops:.3g}"
     yield "checkpoint", _bytes(plan.checkpoint_bytes)
-    yield "disk", f"{_bytes(plan.disk_needed)} needed, {_bytes(plan.disk_free)} free"
+    free = "in a bucket" if plan.disk_free is None else f"{_bytes(plan.disk_free)} free"
+    yield "disk", f"{_bytes(plan.disk_needed)} needed, {free}"
     if plan.memory is None:
         yield "memory", "known once compiled: compile=True, or --compile"
     else:

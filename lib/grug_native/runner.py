@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from grug_native.components import RunParts
 from grug_native.config import GrugNativeRunConfig, with_own_name
 from grug_native.debug import BatchText, ModuleNorms
+from grug_native.host.run_folder import is_bucket
 from grug_native.metrics import parameter_counts
 from grug_native.optimizer import GrugOptimizer
 from grug_native.run_plan import RunPlan
@@ -55,8 +56,11 @@ class GrugRunner(eqx.Module):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.output_path)
+        """Where the run writes; of a run in a bucket, the folder on this machine with its files."""
+        from grug_native.bucket.place import files_of
+
+        place = self.config.output_path
+        return files_of(place) if is_bucket(place) else Path(place)
 
     def init_state(self) -> GrugTrainState:
         """The state of step 0 on the run's mesh: a pure function of the config.
@@ -148,7 +152,10 @@ class GrugRunner(eqx.Module):
             return sample_parameters(self._parts, state.params, prompt, **settings)
 
     def save(self, state: GrugTrainState) -> Path:
-        """Saves a state as `checkpoints/step-N`, and waits until it is there; returns that folder.
+        """Saves a state as `checkpoints/step-N`, and waits until it is there.
+
+        Returns:
+            That folder; of a run in a bucket, what the names of its objects begin with, below the run's URL.
 
         Raises:
             RunLockedError: another process is writing to the run's folder.
@@ -158,7 +165,8 @@ class GrugRunner(eqx.Module):
         from grug_native.saving import save_state
 
         with self._using(state):
-            return save_state(self._parts, state)
+            where = save_state(self._parts, state)
+        return Path(where.removeprefix(f"{self.config.output_path}/") if is_bucket(where) else where)
 
     def restore(self, step: int | None = None) -> GrugTrainState:
         """Loads the state of a checkpoint, the newest by default.
@@ -177,10 +185,20 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if the run has logged nothing yet.
         """
+        from grug_native.tracking.jsonl import METRICS_FILE
         from grug_native.tracking.plot import PLOT_FILE, plot_runs, write_picture
 
-        figure = plot_runs([self.run_folder])
-        write_picture(figure, self.run_folder / PLOT_FILE)
+        place = self.config.output_path
+        if not is_bucket(place):
+            figure = plot_runs([self.run_folder])
+            write_picture(figure, self.run_folder / PLOT_FILE)
+            return figure
+        from grug_native.bucket.place import fetched, write_file
+
+        folder = fetched(place, [METRICS_FILE])
+        figure = plot_runs([folder])
+        write_picture(figure, folder / PLOT_FILE)
+        write_file(place, PLOT_FILE, (folder / PLOT_FILE).read_bytes())
         return figure
 
     def show_batch(self, step: SupportsIndex) -> BatchText:

@@ -1,38 +1,109 @@
 """A run's checkpoints by hand: what the loop saves and resumes from, for whoever steps through a run or comes later."""
 
-from pathlib import Path
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import jax
 
+from grug_native.bucket.place import checkpoints_of, files_of
 from grug_native.checkpoint.checkpointer import CheckpointPolicy, GrugCheckpointer
 from grug_native.checkpoint.metadata import (
+    CheckpointKind,
     CheckpointMetadata,
     CheckpointMismatchError,
     check_identity,
     config_differences,
-    read_metadata,
 )
-from grug_native.checkpoint.orbax_io import load_params, restore_checkpoint
+from grug_native.checkpoint.orbax_io import Restored, load_params, restore_checkpoint
 from grug_native.components import RunParts, load_tokenizer
 from grug_native.config import COSMETIC_FIELDS, config_to_dict
-from grug_native.data.record import add_record
-from grug_native.host.run_folder import committed_steps, find_checkpoint, local_path, step_name
+from grug_native.data.record import DATA_FILE, add_record
+from grug_native.hooks import SAMPLES_FILE
+from grug_native.host.run_folder import CONFIG_FILE, is_bucket, local_path
 from grug_native.language_model import LanguageModel
-from grug_native.resume import checkpoints_folder, run_identity
+from grug_native.resume import run_identity
 from grug_native.state import GrugTrainState
+
+
+@runtime_checkable
+class Checkpointer(Protocol):
+    """What the loop asks of a run's checkpoints, be they in a folder or in a bucket; see `GrugCheckpointer`."""
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the committed checkpoints, newest first."""
+        ...
+
+    def where(self, step: int) -> str:
+        """Returns where the checkpoint of a step is."""
+        ...
+
+    def begin(self, step: int) -> None:
+        """Says from which step the run goes on."""
+        ...
+
+    def keep_files(self) -> None:
+        """Makes the files that were written so far a part of the run."""
+        ...
+
+    def preflight(self, state_shape: object) -> None:
+        """Checks that such a state can be stored."""
+        ...
+
+    def due(self, step: int) -> CheckpointKind | None:
+        """Returns the kind of save that is due after `step` updates, if any."""
+        ...
+
+    def save_step_checkpoint(self, state: object, *, step: int, data_offset: int, skipped_steps: int = 0) -> None:
+        """Starts to save a state for good."""
+        ...
+
+    def save_temporary_checkpoint(self, state: object, *, step: int, data_offset: int, skipped_steps: int = 0) -> None:
+        """Starts to save a state until newer ones are there."""
+        ...
+
+    def restore_latest_or_initialize[State](self, init: Callable[[], State], state_shape: State) -> Restored[State]:
+        """Loads the newest sound checkpoint, or makes a fresh state."""
+        ...
+
+    def restore[State](self, state_shape: State, *, step: int) -> Restored[State]:
+        """Loads the checkpoint of `step`."""
+        ...
+
+    def rollback(self, step: int) -> list[int]:
+        """Makes `step` the newest checkpoint; returns the steps of newer ones."""
+        ...
+
+    def accept(self, metadata: CheckpointMetadata) -> None:
+        """Takes a checkpoint for the one to continue from."""
+        ...
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the background; never waits."""
+        ...
+
+    def wait(self) -> None:
+        """Waits until what is under way is committed."""
+        ...
+
+    def __enter__(self) -> "Checkpointer": ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
 
 def record_data(parts: RunParts) -> None:
     """Keeps in the run's folder which files its data fingerprint stands for; to be called under the lock."""
     if jax.process_index() == 0:
-        add_record(local_path(parts.config.output_path), parts.data_fingerprint, parts.data_record)
+        add_record(files_of(parts.config.output_path), parts.data_fingerprint, parts.data_record)
 
 
-def open_checkpointer(parts: RunParts) -> GrugCheckpointer:
-    """The checkpointer of a run, with the lock of its folder.
+def open_checkpointer(parts: RunParts) -> Checkpointer:
+    """The checkpointer of a run, with the right to write to its folder.
 
     Raises:
         RunLockedError: another process is writing to the folder.
+        StoreError: the folder's bucket cannot be used.
     """
     trainer = parts.config.trainer
     policy = CheckpointPolicy(
@@ -40,14 +111,28 @@ def open_checkpointer(parts: RunParts) -> GrugCheckpointer:
         minutes_per_temporary_checkpoint=trainer.minutes_per_temporary_checkpoint,
         keep_last=trainer.keep_last_checkpoints,
     )
-    return GrugCheckpointer(local_path(parts.config.output_path), run_identity(parts), policy)
+    place = parts.config.output_path
+    if not is_bucket(place):
+        return GrugCheckpointer(local_path(place), run_identity(parts), policy)
+    from grug_native.bucket.checkpointer import BucketCheckpointer
+
+    return BucketCheckpointer(
+        place,
+        files_of(place),
+        run_identity(parts),
+        policy,
+        kept=(CONFIG_FILE, DATA_FILE, SAMPLES_FILE),
+        temporary_root=trainer.temporary_root,
+        patience=60 * trainer.store_patience_minutes,
+        lease=trainer.store_lease_seconds,
+    )
 
 
-def save_state(parts: RunParts, state: GrugTrainState) -> Path:
+def save_state(parts: RunParts, state: GrugTrainState) -> str:
     """Saves a state for good, and waits until it is committed.
 
     Returns:
-        The checkpoint's folder. If the run has one of this step already, that one is kept.
+        Where the checkpoint is. If the run has one of this step already, that one is kept.
 
     Raises:
         RunLockedError: another process is writing to the run's folder.
@@ -56,15 +141,16 @@ def save_state(parts: RunParts, state: GrugTrainState) -> Path:
     """
     step, skipped_steps = int(state.step), 0
     with jax.set_mesh(parts.mesh), open_checkpointer(parts) as checkpointer:
-        path = checkpointer.folder / step_name(step)
-        for newest in committed_steps(checkpointer.folder)[:1]:
-            metadata = read_metadata(checkpointer.folder / step_name(newest))
+        for newest in checkpointer.steps()[:1]:
+            metadata = checkpoints_of(parts.config.output_path).find(newest).read_metadata()
             checkpointer.accept(metadata)
             skipped_steps = metadata.skipped_steps
         record_data(parts)
+        checkpointer.keep_files()
         data_offset = parts.config.trainer.data_offset(step)
         checkpointer.save_step_checkpoint(state, step=step, data_offset=data_offset, skipped_steps=skipped_steps)
-    return path
+        checkpointer.wait()
+        return checkpointer.where(step)
 
 
 def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:
@@ -80,13 +166,13 @@ def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
     identity = run_identity(parts)
-    path = find_checkpoint(checkpoints_folder(parts), step)
+    source = checkpoints_of(parts.config.output_path).find(step)
 
     def accept(metadata: CheckpointMetadata) -> None:
         check_identity(metadata, identity)
 
     with jax.set_mesh(parts.mesh):
-        return restore_checkpoint(path, parts.state_shape, accept=accept).state
+        return restore_checkpoint(source, parts.state_shape, accept=accept).state
 
 
 def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = False) -> tuple[int, LanguageModel]:
@@ -109,8 +195,8 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
 
     if ema and parts.config.trainer.ema_beta is None:
         raise ValueError("the run keeps no moving average (trainer.ema_beta is null): take its parameters instead")
-    path = find_checkpoint(checkpoints_folder(parts), step)
-    metadata = read_metadata(path)
+    path = checkpoints_of(parts.config.output_path).find(step)
+    metadata = path.read_metadata()
     wanted = {"model": config_to_dict(parts.config)["model"]}
     if changed := config_differences({"model": metadata.config["model"]}, wanted):
         changed = [d for d in changed if d.name not in COSMETIC_FIELDS]

@@ -8,13 +8,12 @@ from typing import final
 import jax
 import numpy as np
 
-from grug_native.checkpoint.checkpointer import GrugCheckpointer
 from grug_native.components import RunParts
 from grug_native.data.loader import mixture_metrics
 from grug_native.host.fault_injection import fault_point
-from grug_native.host.run_folder import committed_steps, step_name
 from grug_native.host.shell import offer
 from grug_native.metrics import peak_memory
+from grug_native.saving import Checkpointer
 from grug_native.tracking.jsonl import RunTracker
 from grug_native.tracking.progress import ProgressLine
 from grug_native.train import WATCHED, StepMetrics
@@ -35,7 +34,7 @@ class StepLog:
         parts: RunParts,
         tracker: RunTracker,
         progress: ProgressLine,
-        checkpointer: GrugCheckpointer,
+        checkpointer: Checkpointer,
         *,
         skipped: int,
     ):
@@ -115,8 +114,8 @@ class StepLog:
             return
         logger.error("%s", what)
         self._checkpointer.wait()
-        saved = committed_steps(self._checkpointer.folder)
-        last = self._checkpointer.folder / step_name(saved[0]) if saved else "none: the run had saved nothing yet"
+        saved = self._checkpointer.steps()
+        last = self._checkpointer.where(saved[0]) if saved else "none: the run had saved nothing yet"
         way_out = (
             "to leave such steps out, give "
             f"{offer('trainer.nonfinite', 'skip')} {offer('trainer.allow_changes', '[trainer.nonfinite]')}"

@@ -20,6 +20,7 @@ from matplotlib.backends import backend_agg
 from orbax.checkpoint import v1 as ocp
 
 from grug_native import loop, saving
+from grug_native.bucket import checkpointer as bucket_checkpointer
 from grug_native.cli import commands
 from grug_native.cli import main as cli
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
@@ -45,6 +46,7 @@ from tests.fixtures_run import SMALL_MODEL
 
 PRELOADED = (
     backend_agg,
+    bucket_checkpointer,
     commands,
     corpus_store,
     data,

@@ -180,12 +180,7 @@ class Run:
 
     def record(self) -> Record:
         """What must be equal, byte for byte, however often a run was interrupted: a row a step."""
-        keys = ("train/loss", "optim/learning_rate", "grad/norm/total", "data/batch_digest", "mixture/stage")
-        found: Record = []
-        for row in read_metrics(self.folder / METRICS_FILE):
-            evals = [name for name in sorted(row) if name.startswith("eval/") and not name.endswith("_time")]
-            found.append((row["step"], *(_exact(row.get(key)) for key in keys), [(n, _exact(row[n])) for n in evals]))
-        return found
+        return record_of(self.folder / METRICS_FILE)
 
     def digests(self) -> Digests:
         """Digests of the arrays of the newest checkpoint, which its files are proven to hold."""
@@ -202,6 +197,16 @@ class Run:
         """Asserts that this run ended as the other did, step by step and bit by bit."""
         assert self.record() == other.record()
         assert (self.steps[0], self.digests()) == (other.steps[0], other.digests())
+
+
+def record_of(metrics: Path) -> Record:
+    """Of a `metrics.jsonl`: what must be equal, byte for byte, however often a run was interrupted; a row a step."""
+    keys = ("train/loss", "optim/learning_rate", "grad/norm/total", "data/batch_digest", "mixture/stage")
+    found: Record = []
+    for row in read_metrics(metrics):
+        evals = [name for name in sorted(row) if name.startswith("eval/") and not name.endswith("_time")]
+        found.append((row["step"], *(_exact(row.get(key)) for key in keys), [(n, _exact(row[n])) for n in evals]))
+    return found
 
 
 def _exact(value: object) -> object:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grug_native.tracking.jsonl import METRICS_FILE
+from tests.bucket.runs import BucketRun
+from tests.bucket.servers import Bucket
 from tests.faults.runs import ForkServer, Run
 
 STEPS_PER_PERMANENT = 250
@@ -98,6 +100,47 @@ def soak(server: ForkServer, folder: Path, *, kills: int, steps: int, keep_last:
     return Soaked(kills, in_training, len(starts), replayed, most_folders, most_bytes, checkpoint, seconds)
 
 
+def soak_bucket(
+    server: ForkServer, url: str, folder: Path, *, kills: int, steps: int, seed: int = 0, bucket: Bucket | None = None
+) -> str:
+    """As `soak`, with the killed run in a bucket, to which `bucket` or the environment leads.
+
+    Returns:
+        What happened, in words.
+
+    Raises:
+        AssertionError: the two runs differ, a checkpoint was lost, or a process did not come up again.
+    """
+    changes = {
+        "trainer.num_train_steps": steps,
+        "trainer.steps_per_checkpoint": max(steps // 6, 1),
+        "trainer.minutes_per_temporary_checkpoint": 0.2 / 60,
+    }
+    whole = server.run(folder / "whole", changes)
+    whole.fit().expect(0)
+    run = BucketRun(url, bucket, server.run(folder / "run", changes | {"output_path": url}))
+    assert run.steps == [], f"{url} holds a run: give a folder that is free"
+    rng, started, in_training, starts = random.Random(seed), time.monotonic(), 0, set[int]()
+    for kill in range(kills):
+        before = max(run.steps, default=0)
+        starts.add(before)
+        process = run.start(f"sleep@step:{steps - 1}")
+        if kill % 2:
+            process.until_said(TRAINING)
+        time.sleep(rng.uniform(0, 3))
+        process.send(signal.SIGKILL)
+        in_training += TRAINING in process.wait().expect(-signal.SIGKILL)
+        assert max(run.steps, default=0) >= before, f"step {before} was lost"
+    seconds = time.monotonic() - started
+    run.fit().expect(0)
+    run.expect_equal(whole)
+    assert run.leftovers() == []
+    return (
+        f"{kills} SIGKILLs in {seconds:.0f} s, {in_training} of them while the run trained\n"
+        f"resumed from {len(starts)} different steps; record and state are those of an undisturbed run on a disk"
+    )
+
+
 def log_exists(run: Run) -> bool:
     """Whether a process has got as far as to open the log."""
     return (run.folder / METRICS_FILE).exists()
@@ -109,11 +152,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="URL", help="put the killed run there: gs://... or s3://..., a free folder")
     arguments = parser.parse_args()
     # Killed processes leave semaphores behind, which Python's tracker of them removes, and tells of.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     with tempfile.TemporaryDirectory() as folder:
         server = ForkServer(Path(folder) / "server")
+        if arguments.output is not None:
+            given = {"kills": arguments.kills, "steps": arguments.steps, "seed": arguments.seed}
+            print(soak_bucket(server, arguments.output, Path(folder), **given))
+            return
         found = soak(server, Path(folder), kills=arguments.kills, steps=arguments.steps, seed=arguments.seed)
     print(f"{found.kills} SIGKILLs in {found.seconds:.0f} s, {found.in_training} of them while the run trained")
     print(f"resumed from {found.resumed} different steps; {found.replayed} logged steps were lost and done again")

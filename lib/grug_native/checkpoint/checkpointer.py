@@ -4,12 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from grug_native.checkpoint.leaves import changed_leaves, state_bytes
@@ -25,6 +24,7 @@ from grug_native.checkpoint.metadata import (
     write_metadata,
 )
 from grug_native.checkpoint.orbax_io import CheckpointIO, Commit, OrbaxCheckpointIO, Restored, restore_checkpoint
+from grug_native.checkpoint.schedule import CheckpointPolicy, SaveSchedule
 from grug_native.host.run_folder import (
     CHECKPOINTS_FOLDER,
     RunLock,
@@ -42,29 +42,6 @@ from grug_native.host.run_folder import (
 from grug_native.tracking.jsonl import METRICS_FILE
 
 logger = logging.getLogger(__name__)
-
-_STEPS_BETWEEN_CLOCK_AGREEMENTS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointPolicy:
-    """When to save, and what to keep."""
-
-    steps_per_checkpoint: int | None = None
-    """A permanent checkpoint after every so many steps; None for only the one at the end."""
-    minutes_per_temporary_checkpoint: float | None = 10.0
-    """A temporary checkpoint when the last save is this many minutes ago; None for never."""
-    keep_last: int = 2
-    """The newest so many checkpoints are kept whatever their kind: with one more than one, a disk may rot."""
-
-    def __post_init__(self) -> None:
-        if self.steps_per_checkpoint is not None and self.steps_per_checkpoint < 1:
-            raise ValueError(f"steps_per_checkpoint={self.steps_per_checkpoint} must be at least 1, or None for never")
-        minutes = self.minutes_per_temporary_checkpoint
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes_per_temporary_checkpoint={minutes} must be above 0, or None for never")
-        if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last} must be at least 1: the newest checkpoint is never deleted")
 
 
 class GrugCheckpointer:
@@ -100,7 +77,6 @@ class GrugCheckpointer:
         self._identity = identity
         self._policy = policy
         self._io: CheckpointIO = OrbaxCheckpointIO() if io is None else io
-        self._clock = clock
         self._folder = run_folder / CHECKPOINTS_FOLDER
         self._lineage: tuple[str, ...] = ()
         self._pending: Future[None] | None = None
@@ -111,12 +87,26 @@ class GrugCheckpointer:
             for name in sweep_leftovers(self._folder, self._run_id):
                 logger.warning("removed %s, left half-done by a process that was killed", self._folder / name)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="grug-checkpoint")
-        self._last_save = clock()
+        self._schedule = SaveSchedule(policy, clock)
 
     @property
     def folder(self) -> Path:
         """Where the `step-N` folders are."""
         return self._folder
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the committed checkpoints, newest first."""
+        return committed_steps(self._folder)
+
+    def where(self, step: int) -> str:
+        """Returns where the checkpoint of a step is."""
+        return str(self._folder / step_name(step))
+
+    def begin(self, step: int) -> None:
+        """Says that the run goes on from `step`; here the record is cut by whoever opens it."""
+
+    def keep_files(self) -> None:
+        """Makes the files that were written so far a part of the run; here they are one already."""
 
     @property
     def saving(self) -> bool:
@@ -135,21 +125,8 @@ class GrugCheckpointer:
             check_disk(self._folder, needed, kept=self._policy.keep_last)
 
     def due(self, step: int) -> CheckpointKind | None:
-        """Returns the kind of save that the policy asks for after `step` updates, if any.
-
-        Time is looked at by process 0 alone; with several processes, at every tenth step, as they have to agree.
-        """
-        every, minutes = self._policy.steps_per_checkpoint, self._policy.minutes_per_temporary_checkpoint
-        if every is not None and step % every == 0:
-            return "permanent"
-        if minutes is None:
-            return None
-        elapsed = self._clock() - self._last_save >= 60 * minutes and not self.saving
-        if jax.process_count() > 1:
-            if step % _STEPS_BETWEEN_CLOCK_AGREEMENTS:
-                return None
-            elapsed = bool(multihost_utils.broadcast_one_to_all(np.array(elapsed)))
-        return "temporary" if elapsed else None
+        """Returns the kind of save that the policy asks for after `step` updates, if any."""
+        return self._schedule.due(step, saving=self.saving)
 
     def save_step_checkpoint(self, state: object, *, step: int, data_offset: int, skipped_steps: int = 0) -> None:
         """Starts to save `state` for good; returns once it is copied off the devices and may be donated.
@@ -273,7 +250,7 @@ class GrugCheckpointer:
 
     def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int, skipped_steps: int) -> None:
         self.wait()
-        self._last_save = self._clock()
+        self._schedule.note_save()
         path = self._folder / step_name(step)
         newest = max(committed_steps(self._folder), default=-1)
         if newest > step:

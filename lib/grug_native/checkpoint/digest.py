@@ -10,6 +10,7 @@ Only numpy here, and tensorstore once a file is opened: a checkpoint can be read
 device.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,11 @@ _CHUNK = 1 << 16
 _WEIGHTS = ((np.uint32(0x9E3779B1), np.uint32(15)), (np.uint32(0x85EBCA77), np.uint32(13)))
 _ONE, _FOLD = np.uint32(1), np.uint32(15)
 
-_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+_NOT_DAMAGE = re.compile(
+    r"^(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): "
+    # An answer of a store other than "there is no such object" is none about the data: an expired token is a 400.
+    r"|\[http_response_code='(?!404)|\[curl_code="
+)
 """What TensorStore says when the trouble is here and now, and not in the files."""
 
 ITEMS = ("params", "ema_params")
@@ -135,9 +140,13 @@ class StoredArray:
             raise _unreadable(f"{self._path}: {self._leaf} cannot be read", error) from error
 
 
+def is_trouble(error: Exception) -> bool:
+    """Whether an error of TensorStore's is about the network, credentials or memory, and says nothing of the data."""
+    return isinstance(error, MemoryError | TimeoutError) or _NOT_DAMAGE.search(str(error)) is not None
+
+
 def _unreadable(what: str, error: Exception) -> CheckpointError:
-    elsewhere = isinstance(error, MemoryError) or any(code in str(error) for code in _NOT_DAMAGE)
-    return (CheckpointError if elsewhere else DamagedCheckpointError)(f"{what}: {error}")
+    return (CheckpointError if is_trouble(error) else DamagedCheckpointError)(f"{what}: {error}")
 
 
 def read_leaves(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ class NoUsableCheckpointError(CheckpointError):
     """Checkpoints are there, and none of them verifies; a fresh start would hide it."""
 
 
-def no_usable_checkpoint(folder: Path, remains: Sequence[str]) -> NoUsableCheckpointError:
+def no_usable_checkpoint(folder: object, remains: Sequence[str]) -> NoUsableCheckpointError:
     """The refusal of a folder in which nothing is left but `remains`."""
     return NoUsableCheckpointError(
         f"no usable checkpoint is left in {folder}, only {', '.join(remains)}: refusing to start from scratch. Put a"
@@ -212,11 +212,16 @@ def _canonical(data: Mapping[str, Any]) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
+def encode_metadata(metadata: CheckpointMetadata) -> str:
+    """Returns the text of the file."""
+    body = asdict(metadata)
+    return json.dumps({"sha256": canonical_hash(body), "metadata": body}, indent=1)
+
+
 def write_metadata(folder: Path, metadata: CheckpointMetadata) -> None:
     """Writes the metadata of the checkpoint in `folder`, replacing any that is there in one durable step."""
-    body = asdict(metadata)
     new = folder / f"{METADATA_FILE}.new"
-    new.write_text(json.dumps({"sha256": canonical_hash(body), "metadata": body}, indent=1))
+    new.write_text(encode_metadata(metadata))
     fsync(new)
     os.replace(new, folder / METADATA_FILE)
     fsync(folder)
@@ -234,12 +239,18 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise DamagedCheckpointError(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
-        file = json.loads(path.read_text())
-        body, wanted = file["metadata"], file["sha256"]
-        found = canonical_hash(body)
+        return decode_metadata(path.read_bytes(), path)
     except OSError as error:
         kind = DamagedCheckpointError if error.errno in _DAMAGE else CheckpointError
         raise kind(f"{path} cannot be read: {error!r}") from error
+
+
+def decode_metadata(data: bytes, path: Path | str) -> CheckpointMetadata:
+    """Reads the bytes of the file at `path`; raises as `read_metadata`."""
+    try:
+        file = json.loads(data.decode())
+        body, wanted = file["metadata"], file["sha256"]
+        found = canonical_hash(body)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error!r}") from error
     if found != wanted:

@@ -17,12 +17,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grug_native.checkpoint.digest import CheckpointReader, item_of, verify_files
+from grug_native.checkpoint.digest import item_of, verify_files
 from grug_native.checkpoint.leaves import (
     check_leaves,
     finish_digests,
     leaf_records,
-    load_stored,
     named_leaves,
     prove_leaves,
     start_digests,
@@ -34,9 +33,9 @@ from grug_native.checkpoint.metadata import (
     CheckpointMetadata,
     DamagedCheckpointError,
     no_usable_checkpoint,
-    read_metadata,
     write_metadata,
 )
+from grug_native.checkpoint.source import CheckpointSource, FolderCheckpoint
 from grug_native.host.fault_injection import fault_point
 from grug_native.host.run_folder import (
     committed_steps,
@@ -58,7 +57,7 @@ Commit = Callable[[], None]
 """Finishes a save: waits for the write, verifies it, makes it visible. To be called once, from any thread."""
 
 
-_SHARED = "the run's folder must be on a disk that all processes share"
+_SHARED = "the run's folder must be on a disk that all processes share, or in a bucket"
 
 
 class NonFiniteStateError(CheckpointError):
@@ -172,11 +171,13 @@ class OrbaxCheckpointIO:
         return None
 
 
-def restore_checkpoint[State](path: Path, state_shape: State, *, accept: Accept = lambda _: None) -> Restored[State]:
-    """Loads the checkpoint in the step folder `path`.
+def restore_checkpoint[State](
+    at: Path | CheckpointSource, state_shape: State, *, accept: Accept = lambda _: None
+) -> Restored[State]:
+    """Loads a checkpoint.
 
     Args:
-        path: A committed `step-N` folder.
+        at: A committed `step-N` folder, or another source.
         state_shape: The wanted state, its arrays abstract and carrying the wanted shardings; any mesh will do.
         accept: Looks at the metadata before anything is loaded.
 
@@ -185,14 +186,13 @@ def restore_checkpoint[State](path: Path, state_shape: State, *, accept: Accept 
         DamagedCheckpointError: It cannot be read, or is not what was saved; of several processes, all raise it.
         CheckpointError: Process 0 can read it, and another process cannot.
     """
+    path = FolderCheckpoint(at) if isinstance(at, Path) else at
     try:
-        metadata = read_metadata(path)
-        if path.name != step_name(metadata.step):
-            raise DamagedCheckpointError(f"{path} holds step {metadata.step}")
+        metadata = path.read_metadata()
         accept(metadata)
         wanted = named_leaves(state_shape)
         check_leaves(metadata.leaves, leaf_records(wanted))
-        loaded = load_stored(CheckpointReader(path), metadata.leaves, wanted)
+        loaded = path.load(metadata.leaves, wanted)
     except DamagedCheckpointError as error:
         if _readers(False)[0]:
             raise CheckpointError(f"process 0 can read {path}, and this one cannot; {_SHARED}: {error}") from error
@@ -209,11 +209,11 @@ def restore_checkpoint[State](path: Path, state_shape: State, *, accept: Accept 
     return Restored(with_leaves(state_shape, _prove(path, metadata, loaded)), metadata)
 
 
-def load_params[Params](path: Path, params_shape: Params, *, ema: bool = False) -> Params:
-    """Loads the parameters alone from the step folder `path`, for evaluation.
+def load_params[Params](at: Path | CheckpointSource, params_shape: Params, *, ema: bool = False) -> Params:
+    """Loads the parameters alone from a checkpoint, for evaluation.
 
     Args:
-        path: A committed `step-N` folder.
+        at: A committed `step-N` folder, or another source.
         params_shape: The wanted parameters, abstract, with shardings if they matter.
         ema: Take the moving average instead.
 
@@ -222,18 +222,21 @@ def load_params[Params](path: Path, params_shape: Params, *, ema: bool = False) 
         DamagedCheckpointError: They cannot be read, or are not what was saved.
     """
     field = "ema_params" if ema else "params"
-    metadata = read_metadata(path)
+    path = FolderCheckpoint(at) if isinstance(at, Path) else at
+    metadata = path.read_metadata()
     wanted = named_leaves({field: params_shape})
     check_leaves({n: r for n, r in metadata.leaves.items() if n.startswith(f"{field}.")}, leaf_records(wanted))
-    loaded = load_stored(CheckpointReader(path), metadata.leaves, wanted)
+    loaded = path.load(metadata.leaves, wanted)
     return with_leaves({field: params_shape}, _prove(path, metadata, loaded))[field]
 
 
-def _prove(path: Path, metadata: CheckpointMetadata, loaded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _prove(
+    path: CheckpointSource, metadata: CheckpointMetadata, loaded: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     try:
         return prove_leaves(loaded, metadata.leaves)
     except DamagedCheckpointError as error:
-        if not verify_files(path, metadata):
+        if not path.verify(metadata):
             raise CheckpointError(
                 f"{path} is sound on disk, and yet not once on the devices: {error}. It stays there: try again, and"
                 " mistrust this machine's memory"

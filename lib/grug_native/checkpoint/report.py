@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from rich.table import Column, Table
 
-from grug_native.checkpoint.digest import read_leaves, verify_files
 from grug_native.checkpoint.metadata import (
     CheckpointError,
     CheckpointMetadata,
@@ -22,6 +21,7 @@ from grug_native.checkpoint.metadata import (
     leaf_differences,
     read_metadata,
 )
+from grug_native.checkpoint.source import CheckpointSource, FolderCheckpoint
 from grug_native.host.run_folder import committed_steps, quarantined, step_name
 
 
@@ -30,9 +30,9 @@ class CheckpointEntry:
     """One folder among a run's checkpoints."""
 
     path: Path
-    """The folder."""
+    """The folder; of a checkpoint in a bucket, what it would be called."""
     disk_bytes: int
-    """The size of its files."""
+    """The size of its files; in a bucket, of its arrays."""
     metadata: CheckpointMetadata | None
     """None if it cannot be read."""
     problem: str | None
@@ -77,41 +77,47 @@ def _entry(path: Path) -> CheckpointEntry | None:
     return CheckpointEntry(path, size, metadata, aside)
 
 
-def verify_checkpoint(path: Path) -> list[str]:
-    """Reads everything in the step folder `path`, an array at a time; returns what is wrong, nothing if it is sound."""
+def verify_checkpoint(at: Path | CheckpointSource) -> list[str]:
+    """Reads everything in a checkpoint, an array at a time; returns what is wrong, nothing if it is sound."""
+    source = _source(at)
     try:
-        metadata = read_metadata(path)
+        metadata = source.read_metadata()
     except (CheckpointError, CheckpointMismatchError) as error:
         return [str(error)]
-    return verify_files(path, metadata)
+    return source.verify(metadata)
 
 
-def diff_checkpoints(a: Path, b: Path, *, values: bool = False) -> CheckpointDiff:
+def diff_checkpoints(a: Path | CheckpointSource, b: Path | CheckpointSource, *, values: bool = False) -> CheckpointDiff:
     """Compares two checkpoints.
 
     Args:
-        a: A step folder.
+        a: A step folder, or another source.
         b: Another, of any run.
         values: Read and verify the arrays whose digests differ, to say by how much.
 
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    first, second = read_metadata(a), read_metadata(b)
+    one, other = _source(a), _source(b)
+    first, second = one.read_metadata(), other.read_metadata()
     names = ("run_id", "step", "kind", "data_offset", "data_fingerprint", "tokenizer_digest", "mesh", "versions")
     fields = config_differences({n: getattr(first, n) for n in names}, {n: getattr(second, n) for n in names})
     fields += config_differences({"config": first.config}, {"config": second.config})
     structure = leaf_differences(first.leaves, second.leaves)
     shared = first.leaves.keys() & second.leaves.keys() - {d.name for d in structure}
     changed = [n for n in first.leaves if n in shared and first.leaves[n].digest != second.leaves[n].digest]
-    gaps = _largest_gaps(a, b, changed) if values else dict.fromkeys(changed, math.nan)
+    gaps = _largest_gaps(one, other, changed) if values else dict.fromkeys(changed, math.nan)
     return CheckpointDiff(tuple(fields), tuple(structure), gaps, len(shared) - len(changed))
 
 
-def _largest_gaps(a: Path, b: Path, names: list[str]) -> dict[str, float]:
+def _source(at: Path | CheckpointSource) -> CheckpointSource:
+    return FolderCheckpoint(at) if isinstance(at, Path) else at
+
+
+def _largest_gaps(a: CheckpointSource, b: CheckpointSource, names: list[str]) -> dict[str, float]:
     gaps: dict[str, float] = {}
     for name in names:  # one pair of arrays at a time
-        one, two = (read_leaves(path, [name])[name].astype(np.float64) for path in (a, b))
+        one, two = (source.read_leaf(name).astype(np.float64) for source in (a, b))
         gaps[name] = float(np.max(np.abs(one - two)))
     return gaps
 

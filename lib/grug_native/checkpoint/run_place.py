@@ -16,7 +16,7 @@ import yaml
 
 from grug_native.checkpoint.metadata import canonical_hash
 from grug_native.data.corpus_store import RECORD_FILE
-from grug_native.host.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE
+from grug_native.host.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, is_bucket
 
 _PATH_KEYS = frozenset(("cache_dir", "cache_catalog", "train_urls", "validation_urls", "include_path"))
 _NAME_OR_PATH_KEYS = frozenset(("tokenizer", "tasks"))
@@ -57,8 +57,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no YAML, or holds no mapping.
     """
+    return parsed_yaml(path.read_text(), path)
+
+
+def parsed_yaml(text: str, path: Path | str) -> dict[str, Any]:
+    """Reads a mapping from the YAML of the file at `path`; raises as `read_yaml`."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(raw, Mapping):
@@ -93,13 +98,21 @@ def at_its_place(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return _with_paths(placed, lambda path, _: _now_at(path, written, here))
 
 
+def at_its_url(raw: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """Returns the sections of the `config.yaml` of a run in a bucket, where it is now; it keeps its name."""
+    trainer = cast(Mapping[str, Any], raw.get("trainer") or {})
+    name = recorded_name(Path(url), raw)
+    return dict(raw) | {"output_path": url, "trainer": {**trainer, "run_id": trainer.get("run_id") or name}}
+
+
 def at_absolute_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the sections of a config with the paths in them absolute, as seen from the working directory."""
 
     def absolute(path: str, is_path: bool) -> str:
         return os.path.abspath(path) if is_path or os.path.exists(path) else path
 
-    return _with_paths(dict(raw), absolute) | {"output_path": os.path.abspath(raw["output_path"])}
+    place = raw["output_path"]
+    return _with_paths(dict(raw), absolute) | {"output_path": place if is_bucket(place) else os.path.abspath(place)}
 
 
 def recorded_name(folder: Path, raw: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grug_native.checkpoint.metadata import read_metadata
+from grug_native.bucket.place import checkpoints_of, store_of
 from grug_native.checkpoint.report import (
     checkpoints_table,
     diff_checkpoints,
@@ -14,34 +14,36 @@ from grug_native.checkpoint.report import (
     metadata_table,
     verify_checkpoint,
 )
-from grug_native.host.run_folder import CHECKPOINTS_FOLDER, committed_steps, find_checkpoint, step_name
+from grug_native.checkpoint.source import Checkpoints, FolderCheckpoints
+from grug_native.host.run_folder import CHECKPOINTS_FOLDER, is_bucket
 
 _FAILED = 1
 
 
 def list_all(arguments: argparse.Namespace) -> None:
     """Prints a run's checkpoints, newest first."""
-    folder = _folder(arguments.run)
-    entries = list_checkpoints(folder)
+    if is_bucket(arguments.run):
+        from grug_native.bucket.reading import BucketCheckpoints
+
+        entries = BucketCheckpoints(store_of(arguments.run, field="RUN")).listed()
+    else:
+        entries = list_checkpoints(_folder(arguments.run))
     if not entries:
-        raise ValueError(f"{folder} holds no checkpoint")
+        raise ValueError(f"{arguments.run} holds no checkpoint")
     Console().print(checkpoints_table(entries))
 
 
 def show(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint says about itself."""
-    Console().print(metadata_table(read_metadata(find_checkpoint(_folder(arguments.run), arguments.step))))
+    Console().print(metadata_table(_checkpoints(arguments.run).find(arguments.step).read_metadata()))
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Reads checkpoints and compares them with their digests; fails if one is not what was saved."""
-    folder = _folder(arguments.run)
-    if arguments.step is None:
-        paths = [folder / step_name(step) for step in committed_steps(folder)] or [find_checkpoint(folder, None)]
-    else:
-        paths = [find_checkpoint(folder, arguments.step)]
+    checkpoints = _checkpoints(arguments.run)
+    every = checkpoints.every() if arguments.step is None else ()
     damaged = 0
-    for path in paths:
+    for path in every or [checkpoints.find(arguments.step)]:
         problems = verify_checkpoint(path)
         if problems and not path.exists():
             print(f"{path.name}: deleted by its run meanwhile")
@@ -53,15 +55,17 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> None:
     """Prints how two checkpoints differ."""
-    first = _folder(arguments.run)
-    second = first if arguments.other is None else _folder(arguments.other)
-    found = diff_checkpoints(
-        find_checkpoint(first, arguments.a), find_checkpoint(second, arguments.b), values=arguments.values
-    )
+    first = _checkpoints(arguments.run)
+    second = first if arguments.other is None else _checkpoints(arguments.other)
+    found = diff_checkpoints(first.find(arguments.a), second.find(arguments.b), values=arguments.values)
     if found.fields or found.structure or found.values:
         Console().print(diff_table(found))
     else:
         print(f"no difference: all {found.equal_leaves} leaves are equal")
+
+
+def _checkpoints(run: str) -> Checkpoints:
+    return checkpoints_of(run) if is_bucket(run) else FolderCheckpoints(_folder(run))
 
 
 def _folder(run: str) -> Path:

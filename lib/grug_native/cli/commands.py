@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native.attention import WANTED_BACKEND
+from grug_native.bucket.place import checkpoints_of, fetched, write_file
 from grug_native.components import RunParts
 from grug_native.config import (
     GrugNativeRunConfig,
@@ -25,7 +26,7 @@ from grug_native.config import (
     read_config_file,
     with_overrides,
 )
-from grug_native.host.run_folder import CHECKPOINTS_FOLDER, committed_steps, local_path, quarantined
+from grug_native.host.run_folder import is_bucket
 from grug_native.language_model import LanguageModel, abstract_parameters, axis_sizes
 from grug_native.parsing.check import check_data
 from grug_native.runner import GrugRunner
@@ -58,7 +59,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from grug_native.plan import DataSketch
     from grug_native.tracking.progress import configure_logging
 
-    raw = with_overrides(read_config_file(Path(arguments.config)), arguments.overrides)
+    raw = with_overrides(read_config_file(arguments.config), arguments.overrides)
     begun = _has_begun(raw)
     if begun:
         configure_logging()
@@ -107,9 +108,10 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def plot(arguments: argparse.Namespace) -> None:
     """Draws the curves of runs into a picture; prints its path."""
+    from grug_native.tracking.jsonl import METRICS_FILE
     from grug_native.tracking.plot import PLOT_FILE, plot_runs, write_picture
 
-    folders = [Path(run) for run in arguments.runs]
+    folders = [fetched(run, [METRICS_FILE]) if is_bucket(run) else Path(run) for run in arguments.runs]
     path = folders[0] / PLOT_FILE if arguments.output is None else Path(arguments.output)
     if not path.parent.is_dir():
         raise ValueError(f"--output={path}: there is no folder {path.parent}")
@@ -119,6 +121,9 @@ def plot(arguments: argparse.Namespace) -> None:
     except OSError as error:
         way_out = "give another place, such as --output loss.png"
         raise OSError(error.errno, f"the picture cannot be written ({error.strerror}): {way_out}", str(path)) from error
+    if arguments.output is None and is_bucket(arguments.runs[0]):
+        write_file(arguments.runs[0], PLOT_FILE, path.read_bytes())
+        path = f"{arguments.runs[0].rstrip('/')}/{PLOT_FILE}"
     print(path)
 
 
@@ -135,10 +140,11 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
             raise ValueError(
                 f"--name={arguments.name} goes with --text: with --config_path, give --output_path runs/NAME"
             )
-        raw = read_config_file(Path(arguments.config_path))
+        raw = read_config_file(arguments.config_path)
         if arguments.output_path is not None:
             raw = with_overrides(raw, [("output_path", arguments.output_path)])
-            if Path(arguments.config_path).is_dir():  # Another folder is another run, under a name of its own.
+            # Another folder is another run, under a name of its own.
+            if is_bucket(arguments.config_path) or Path(arguments.config_path).is_dir():
                 raw = with_overrides(raw, [("trainer.run_id", "null")])
         return config_from_dict(with_overrides(raw, overrides))
     from grug_native.launch.text_run import text_run
@@ -178,8 +184,8 @@ def _settle(
 
 def _has_begun(raw: Mapping[str, Any]) -> bool:
     """Whether the run has checkpoints, so that its data have to be those; sound or not."""
-    folder = local_path(str(raw.get("output_path"))) / CHECKPOINTS_FOLDER
-    return bool(committed_steps(folder) or quarantined(folder))
+    checkpoints = checkpoints_of(str(raw.get("output_path")))
+    return bool(checkpoints.steps() or checkpoints.damaged())
 
 
 def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, LanguageModel]:
@@ -188,7 +194,7 @@ def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, LanguageM
     from grug_native.tracking.progress import configure_logging
 
     configure_logging()
-    config = _on_these_devices(load_config(Path(arguments.run)))
+    config = _on_these_devices(load_config(arguments.run))
     parts = RunParts(config, GrugRunner(config).optimizer)
     return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
 

@@ -42,6 +42,7 @@ _NO_NAME = ("Cc", "Cs", "Zl", "Zp")
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _NAMED_STEPS = 10
 """An error names so many checkpoints."""
+_BUCKETS = ("gs://", "s3://")
 _SPARE_CHECKPOINTS = 1.2
 """Beside those that are kept: the one that is being written, and a margin."""
 
@@ -86,6 +87,11 @@ def run_folder(base: Path, run_id: str) -> Path:
     return folder
 
 
+def is_bucket(output_path: str | Path) -> bool:
+    """Whether a run's place is a URL of an object store, `gs://BUCKET/FOLDER` or `s3://BUCKET/FOLDER`."""
+    return isinstance(output_path, str) and output_path.startswith(_BUCKETS)
+
+
 def local_path(output_path: str) -> Path:
     """Returns `output_path` as an absolute path of this machine.
 
@@ -94,7 +100,8 @@ def local_path(output_path: str) -> Path:
     """
     if not output_path or "\0" in output_path or "://" in output_path:
         raise ValueError(
-            f"output_path={output_path!r} must be a folder of a POSIX file system, mounted on this machine"
+            f"output_path={output_path!r} must be a folder of a POSIX file system, mounted on this machine, or of a"
+            " bucket, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
         )
     return Path(output_path).resolve()
 

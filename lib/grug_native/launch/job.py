@@ -8,7 +8,6 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,9 +16,8 @@ from grug_native.checkpoint.run_place import settings_hash
 from grug_native.components import load_tokenizer
 from grug_native.config import GrugNativeRunConfig, config_to_dict, load_config
 from grug_native.host.process import end_at_ctrl_c, prepare_process
-from grug_native.host.run_folder import RESULTS_FILE, local_path
 from grug_native.launch.exit_codes import explained_exit
-from grug_native.launch.summary import RunResults, read_results, summarize_run, write_results
+from grug_native.launch.summary import RunResults, find_results, summarize_run, write_results
 from grug_native.runner import GrugRunner
 from grug_native.tracking.progress import configure_logging
 
@@ -58,26 +56,25 @@ def train_to_results(config: GrugNativeRunConfig) -> RunResults:
         ValueError: if the tokenizer is not to be had, or whatever else `GrugRunner.fit` refuses.
     """
     runner = GrugRunner(config)
-    config, folder = runner.config, local_path(config.output_path)
-    if (folder / RESULTS_FILE).is_file():
-        found = read_results(folder)
-        if found.config_hash == settings_hash(config_to_dict(config)):
-            logger.info("finished before, after %d steps: %s", found.steps, folder / RESULTS_FILE)
-            return found
+    config = runner.config
+    found = find_results(config.output_path)
+    if found is not None and found.config_hash == settings_hash(config_to_dict(config)):
+        logger.info("finished before, after %d steps: %s", found.steps, config.output_path)
+        return found
     load_tokenizer(config.data)
     runner.fit()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("grug-run-is-on-disk")  # The others may be here before process 0 has saved.
     results = summarize_run(config)
     if jax.process_index() == 0:
-        logger.info("finished after %d steps: %s", results.steps, write_results(results, folder))
+        logger.info("finished after %d steps: %s", results.steps, write_results(results, config.output_path))
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what a config file says, as one process of a job; exits with a `grug_native.host.signals.ExitCode`."""
     parser = argparse.ArgumentParser(prog="python -m grug_native.launch.job", description=main.__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run, as in a run's folder")
+    parser.add_argument("--config", required=True, help="YAML file of the run, as in a run's folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = parser.parse_args(arguments)
     configure_logging()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
 from fray.current_client import current_client, set_current_client
 from fray.local_backend import LocalClient
 from fray.types import Entrypoint, JobRequest, ResourceConfig, create_environment
@@ -30,13 +31,13 @@ from marin.experiment.namespacing import user_namespaced_name
 from marin.training.run_environment import extras_for_resources
 from rigging.filesystem.cluster_config import DataConfig, use_data_config
 
-from grug_native.checkpoint.checkpointer import CHECKPOINTS_FOLDER
+from grug_native.bucket.place import checkpoints_of, write_file
 from grug_native.checkpoint.metadata import RECORDED_ENVIRONMENT
-from grug_native.config import GrugNativeRunConfig, save_config
+from grug_native.config import GrugNativeRunConfig, config_to_dict
 from grug_native.data.corpus import embedded_corpus, local_text_data
 from grug_native.data.corpus_store import read_counts
 from grug_native.data.text_files import Paths
-from grug_native.host.run_folder import committed_steps, local_path
+from grug_native.host.run_folder import is_bucket, local_path
 from grug_native.host.signals import StopSignal
 from grug_native.launch.job import train_to_results
 from grug_native.launch.summary import RunResults, read_results
@@ -215,21 +216,21 @@ def run_steps(step: ArtifactStep[GrugRun], *, cluster: str | None = None) -> Gru
 def run_training(request: RunRequest) -> GrugRun:
     """The step function of a run: trains in this process, or through Fray where there is a cluster."""
     config = request.config
-    folder = local_path(config.output_path)
-    saved, steps = committed_steps(folder / CHECKPOINTS_FOLDER), config.trainer.num_train_steps
+    place = config.output_path if is_bucket(config.output_path) else str(local_path(config.output_path))
+    saved, steps = checkpoints_of(place).steps(), config.trainer.num_train_steps
     state = f"resumes at step {saved[0]} of {steps}" if saved else f"starts from scratch, for {steps} steps"
-    logger.info("%s %s, in %s", config.run_id, state, folder)
+    logger.info("%s %s, in %s", config.run_id, state, place)
     if isinstance(current_client(), LocalClient):
         return GrugRun.of(train_to_results(config))
     assert isinstance(request.resources, ResourceConfig)
-    _run_as_job(config, request.resources, folder)
-    return GrugRun.of(read_results(folder))
+    _run_as_job(config, request.resources, place)
+    return GrugRun.of(read_results(place))
 
 
-def _run_as_job(config: GrugNativeRunConfig, resources: ResourceConfig, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    job_config = folder / "job.yaml"
-    save_config(config, job_config)
+def _run_as_job(config: GrugNativeRunConfig, resources: ResourceConfig, place: str) -> None:
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    write_file(place, "job.yaml", text.encode())
+    job_config = f"{place}/job.yaml"
     environment = {name: os.environ[name] for name in RECORDED_ENVIRONMENT if name in os.environ}
     handle = current_client().submit(
         JobRequest(
@@ -253,9 +254,12 @@ def _make_corpus(request: _CorpusRequest) -> TextCorpus:
 
 
 def _corpus(request: _CorpusRequest) -> LmDataConfig:
+    # A corpus is made on a disk. Where the executor's prefix is a bucket, each machine makes the same one.
+    place = request.cache_dir
+    folder = str(Path(DEFAULT_PREFIX, "corpora", place.partition("://")[2]).resolve()) if is_bucket(place) else place
     if request.paths is None:
-        return embedded_corpus(request.cache_dir, vocab_size=request.vocab_size)
-    return local_text_data(request.paths, cache_dir=request.cache_dir, vocab_size=request.vocab_size)
+        return embedded_corpus(folder, vocab_size=request.vocab_size)
+    return local_text_data(request.paths, cache_dir=folder, vocab_size=request.vocab_size)
 
 
 def _announce(step: ArtifactStep[Any]) -> None:

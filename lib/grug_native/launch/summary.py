@@ -8,16 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from grug_native.checkpoint.metadata import read_metadata
+from grug_native.bucket.place import checkpoints_of, fetched, read_file, write_file
 from grug_native.checkpoint.run_place import settings_hash
 from grug_native.config import GrugNativeRunConfig, config_to_dict
-from grug_native.host.run_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, committed_steps, local_path, step_name
+from grug_native.host.run_folder import RESULTS_FILE
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.tracking.jsonl import METRICS_FILE, MetricRow, read_metrics
 
@@ -63,12 +62,13 @@ def summarize_run(config: GrugNativeRunConfig) -> RunResults:
     Raises:
         ValueError: if the run has not done all its steps.
     """
-    folder, steps = local_path(config.output_path), config.trainer.num_train_steps
-    saved = committed_steps(folder / CHECKPOINTS_FOLDER)
+    place, steps = config.output_path, config.trainer.num_train_steps
+    checkpoints = checkpoints_of(place)
+    saved = checkpoints.steps()
     if not saved or saved[0] != steps:
-        raise ValueError(f"{folder} is at step {saved[0] if saved else 0} of {steps}: only a finished run has results")
-    metadata = read_metadata(folder / CHECKPOINTS_FOLDER / step_name(steps))
-    rows = read_metrics(folder / METRICS_FILE)
+        raise ValueError(f"{place} is at step {saved[0] if saved else 0} of {steps}: only a finished run has results")
+    metadata = checkpoints.find(steps).read_metadata()
+    rows = read_metrics(fetched(place, [METRICS_FILE]) / METRICS_FILE)
     tokens = config.trainer.data_offset(steps) * config.seq_len
     devices = jax.devices()
     return RunResults(
@@ -94,23 +94,27 @@ def summarize_run(config: GrugNativeRunConfig) -> RunResults:
     )
 
 
-def write_results(results: RunResults, folder: Path) -> Path:
-    """Writes `speedrun_results.json`, whole or not at all; returns its path."""
-    path = folder / RESULTS_FILE
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(asdict(results), indent=1) + "\n")
-    partial.replace(path)
-    return path
+def write_results(results: RunResults, output_path: str | Path) -> str:
+    """Writes `speedrun_results.json`, whole or not at all; returns where it is."""
+    write_file(str(output_path), RESULTS_FILE, (json.dumps(asdict(results), indent=1) + "\n").encode())
+    return f"{output_path}/{RESULTS_FILE}"
 
 
-def read_results(folder: Path) -> RunResults:
+def find_results(output_path: str | Path) -> RunResults | None:
+    """Reads the results of a finished run; None if there are none."""
+    found = read_file(str(output_path), RESULTS_FILE)
+    return None if found is None else RunResults(**json.loads(found))
+
+
+def read_results(output_path: str | Path) -> RunResults:
     """Reads the results of a finished run.
 
     Raises:
         FileNotFoundError: if there are none.
     """
-    raw: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text())
-    return RunResults(**raw)
+    if (found := find_results(output_path)) is None:
+        raise FileNotFoundError(f"{output_path} has no {RESULTS_FILE}: the run has not finished")
+    return found
 
 
 def print_results(results: RunResults, folder: str) -> None:

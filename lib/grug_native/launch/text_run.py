@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from grug_native.bucket.place import read_config_file, read_file
 from grug_native.checkpoint.run_place import tokenizer_of
 from grug_native.components import check_tokenizer
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_from_dict, config_to_dict
@@ -25,7 +26,7 @@ from grug_native.data.documents import find_files, read_documents
 from grug_native.data.text_files import ROW_SUFFIXES, TEXT_SUFFIXES, FoundFiles, compression, suffix
 from grug_native.data.text_survey import Survey, known_survey, take_survey
 from grug_native.evaluation.config import GrugEvalConfig
-from grug_native.host.run_folder import run_id_from
+from grug_native.host.run_folder import CONFIG_FILE, is_bucket, run_id_from
 from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import AdamWConfig
@@ -127,7 +128,7 @@ def text_run(
         weights=weights,
         text_key=text_key,
         tokenizer=tokenizer,
-        keep_tokenizer=tokenizer_of(run_folder),
+        keep_tokenizer=_own_tokenizer(written),
         survey=survey,
     )
     stand_in = GrugNativeRunConfig(
@@ -185,6 +186,14 @@ def _sections(tokens: int, output_path: str) -> dict[str, Any]:
         "eval": asdict(GrugEvalConfig(steps_per_eval=-(-steps // 6), max_eval_batches=4)),
         "output_path": output_path,
     }
+
+
+def _own_tokenizer(output_path: str) -> str | None:
+    """The tokenizer of the run that has been started there; None if none has."""
+    if not is_bucket(output_path):
+        return tokenizer_of(Path(output_path))
+    begun = read_file(output_path, CONFIG_FILE) is not None
+    return read_config_file(output_path)["data"].get("tokenizer") if begun else None
 
 
 def _survey(files: Sequence[Path], text_key: str, corpora: Path) -> Survey:

@@ -3,6 +3,7 @@
 import io
 import logging
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import final, override
@@ -11,6 +12,9 @@ from grug_native.tracking.progress import format_message
 
 LOG_FILE = "log.txt"
 """Name of the log in the folder of a run."""
+
+type Publish = Callable[[str, Path, BaseException | None], None]
+"""Is given a file's name in the run, the file, and the error that has ended the run, if one has."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ class RunLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         self._waiting: list[str] = []
         self._file: io.FileIO | None = None
+        self._publish: Publish | None = None
         self._lost = False
         self._loggers = (logging.getLogger("grug_native"), logging.getLogger())
 
@@ -45,9 +50,17 @@ class RunLog(logging.Handler):
             self._write("".join(traceback.format_exception(error)))
         if self._file is not None:
             self._file.close()
+            if self._publish is not None:
+                self._publish(LOG_FILE, Path(str(self._file.name)), error)
 
-    def keep(self, folder: Path) -> None:
-        """Writes to the log in `folder` from here on, after what has been said so far."""
+    def keep(self, folder: Path, publish: Publish | None = None) -> None:
+        """Writes to the log in `folder` from here on, after what has been said so far.
+
+        Args:
+            folder: of the run on this machine.
+            publish: what becomes of the file at the end.
+        """
+        self._publish = publish
         self._file = (folder / LOG_FILE).open("ab", buffering=0)
         waiting, self._waiting = self._waiting, []
         for text in waiting:
