@@ -18,6 +18,10 @@ LONG = {"trainer.num_train_steps": 40}
 """A run that takes seconds, with twenty checkpoints."""
 
 
+ONE_STORE = pytest.mark.parametrize("bucket", ["gcs", pytest.param("s3", marks=pytest.mark.slow_faults)], indirect=True)
+"""For what is the protocol's, which the stores do not tell apart; the other one has its turn beside the slow faults."""
+
+
 @pytest.fixture(scope="session")
 def whole(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run on a disk, with evaluations. Not to be written to."""
@@ -42,6 +46,7 @@ def test_sigkill_at_each_point(run: BucketRun, whole: Run) -> None:
     assert run.leftovers() == []
 
 
+@ONE_STORE
 def test_a_zombie_commits_nothing(server: ForkServer, bucket: Bucket, tmp_path: Path) -> None:
     """Stopped for longer than the lease, then woken up while another process has finished the run."""
     run = bucket_run(server, bucket, tmp_path / "run", LONG | {"trainer.store_lease_seconds": 4.0})
@@ -56,6 +61,7 @@ def test_a_zombie_commits_nothing(server: ForkServer, bucket: Bucket, tmp_path: 
     assert len(run.record()) == 40
 
 
+@ONE_STORE
 def test_of_three_starters_one_runs(server: ForkServer, bucket: Bucket, tmp_path: Path) -> None:
     run = bucket_run(server, bucket, tmp_path / "run", LONG | {"trainer.store_lease_seconds": 20.0})
     starters = [run.start() for _ in range(3)]
@@ -63,6 +69,7 @@ def test_of_three_starters_one_runs(server: ForkServer, bucket: Bucket, tmp_path
     assert run.steps[-1] == 40 and len(run.record()) == 40
 
 
+@ONE_STORE
 def test_the_run_outlives_an_outage(run: BucketRun, bucket: Bucket, whole: Run) -> None:
     """All requests fail for a while; training goes on, and nothing is set aside or lost."""
     process = run.start("sleep@step:7")
@@ -78,6 +85,7 @@ def test_the_run_outlives_an_outage(run: BucketRun, bucket: Bucket, whole: Run) 
     assert run.head.set_aside == ()
 
 
+@ONE_STORE
 def test_a_flipped_bit_is_set_aside(run: BucketRun, whole: Run) -> None:
     """In the newest checkpoint: the run goes on from the one before it, and comes to the same."""
     run.fit(stop_after=4).expect(0)
@@ -92,6 +100,7 @@ def test_a_flipped_bit_is_set_aside(run: BucketRun, whole: Run) -> None:
     assert [aside.entry.step for aside in run.head.set_aside] == [4]
 
 
+@ONE_STORE
 def test_temporary_checkpoints_elsewhere(server: ForkServer, bucket: Bucket, tmp_path: Path, whole: Run) -> None:
     """They go under another root, and are resumed from; what is kept for good is in the run's own folder."""
     root = bucket.new_folder("tmp")
