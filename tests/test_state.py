@@ -6,6 +6,7 @@ from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.sharding import create_mesh
 from grug_native.state import GrugTrainState, init_train_state
 from tests.fixtures_run import SMALL_MODEL, llama
+from tests.tolerance import DRAW_TERMS, assert_close
 
 OPTIMIZER = GrugOptimizer(AdamWConfig(), 10)
 
@@ -36,7 +37,7 @@ def test_optimizer_state_lies_like_the_parameters() -> None:
     alone = init()
     with jax.set_mesh(create_mesh(4)):
         state = init()
-    np.testing.assert_array_equal(llama(state.params).embed, llama(alone.params).embed)
+    assert_close(llama(state.params).embed, llama(alone.params).embed, terms=DRAW_TERMS)
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (300, 32)]
     assert specs == [jax.P("model", "data")] * 2
 

@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike
 
 from grug_native.model import GrugModelConfig
 
+DRAW_TERMS = 9
+"""Of a normal number: the polynomial in JAX's inverse error function. The random bits below it are always the same."""
+
 
 def tolerance(terms: int, magnitude: ArrayLike = 1.0, dtype: str = "float32") -> float:
     """The most that two results may differ.

@@ -31,9 +31,14 @@ def _start(server: ForkServer, folder: Path) -> Running:
 
 
 def _children(running: Running) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(running.pid).children() if "grug_native.data.corpus_store" in child.cmdline()
-    ]
+    return [child for child in psutil.Process(running.pid).children() if _trains(child)]
+
+
+def _trains(child: psutil.Process) -> bool:
+    try:
+        return "grug_native.data.corpus_store" in child.cmdline()
+    except psutil.NoSuchProcess:  # another one, which has just ended
+        return False
 
 
 def _until_ended(children: list[psutil.Process]) -> None:
