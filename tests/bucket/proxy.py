@@ -37,7 +37,7 @@ class Rule:
     do: Fault
     match: str = CHANGES
     """Of `METHOD path?query`, decoded."""
-    skip: int = 0
+    after: int = 0
     """So many that match are let through first."""
     times: int = 1
     """So many fail."""
@@ -109,7 +109,7 @@ class FaultProxy:
             for rule in self._rules:
                 if re.search(rule.match, line):
                     rule.seen += 1
-                    if rule.seen > rule.skip and rule.struck < rule.times:
+                    if rule.seen > rule.after and rule.struck < rule.times:
                         rule.struck += 1
                         return rule
         return None

@@ -74,7 +74,7 @@ def test_large_shards_are_cut_and_small_ones_are_not() -> None:
     def chunk(shape: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]:
         return layout(LeafRecord(shape, "float32", None), shard).chunk
 
-    limit = module._LARGEST_CHUNK // 4  # pyright: ignore[reportPrivateUsage]
+    limit = module._LARGEST_CHUNK // 4  # pyright: ignore[reportPrivateUsage] - shapes around the limit
     assert chunk((8, 8), (4, 8)) == (4, 8) and chunk((), ()) == ()
     assert chunk((50257, 8192), (50257, 8192)) == (2011, 8192), "a prime number of rows: the last piece is smaller"
     for shape, shard in (
@@ -145,7 +145,7 @@ def test_trouble_is_not_damage(bucket: Bucket) -> None:
 def test_a_write_goes_on_where_trouble_stopped_it(bucket: Bucket) -> None:
     store, array = Store(bucket.new_folder(), retries=QUICK), make_array((8, 4))
     bucket.proxy.set_rules(
-        Rule("answer", "^(PUT|POST|GET)", times=30), Rule("reset", "^(PUT|POST|GET)", skip=5, times=10)
+        Rule("answer", "^(PUT|POST|GET)", times=30), Rule("reset", "^(PUT|POST|GET)", after=5, times=10)
     )
     assert put(store, array, (2, 4), patience=30.0) == host_digest(array)
     bucket.proxy.set_rules(Rule("answer", "^(PUT|POST) .*/c/3", times=10_000))

@@ -66,7 +66,7 @@ def test_a_run_goes_on_through_an_outage(bucket: Bucket, toys: Server, job: Job,
 
 def test_a_store_that_stays_away_ends_the_run_with_its_last_commit(bucket: Bucket, toys: Server, job: Job) -> None:
     job = changed(job, patience=0.5)
-    rule = Rule("answer", changes(job.url), skip=45, times=ALWAYS)
+    rule = Rule("answer", changes(job.url), after=45, times=ALWAYS)
     toys.run(job, before=lambda _: bucket.proxy.set_rules(rule)).expect(1, "UnreachableError", job.url)
     assert rule.struck > 0
     bucket.proxy.set_rules()
@@ -78,8 +78,8 @@ def test_a_store_that_stays_away_ends_the_run_with_its_last_commit(bucket: Bucke
 
 def test_answers_that_are_lost_or_cut_all_the_time_change_nothing(bucket: Bucket, toys: Server, job: Job) -> None:
     matches = changes(job.url)
-    rules = [Rule("lost", matches, skip=3 * n) for n in range(12)] + [
-        Rule("cut", matches, skip=5 * n) for n in range(8)
+    rules = [Rule("lost", matches, after=3 * n) for n in range(12)] + [
+        Rule("cut", matches, after=5 * n) for n in range(8)
     ]
     toys.run(job, before=lambda _: bucket.proxy.set_rules(*rules)).expect(0)
     assert all(rule.struck for rule in rules)
@@ -89,7 +89,7 @@ def test_answers_that_are_lost_or_cut_all_the_time_change_nothing(bucket: Bucket
 def test_a_zombie_commits_nothing(bucket: Bucket, toys: Server, job: Job) -> None:
     """It is stopped on its way to a commit, longer than its lease, and goes on when the run is another one's."""
     job = changed(job, lease=1.0, patience=2.0)
-    rule = Rule("stop", f"^(PUT|POST).*{job.url.rpartition('/')[2]}/run.json", skip=3)
+    rule = Rule("stop", f"^(PUT|POST).*{job.url.rpartition('/')[2]}/run.json", after=3)
     zombie = toys.start(job, before=partial(bucket.proxy.aim, rule))
     until(lambda: Path(f"/proc/{zombie.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     toys.run(job).expect(0)

@@ -29,7 +29,7 @@ def sweep(bucket: Bucket, toys: Server, whole: Outcome, do: Literal["kill", "kil
     seen: Counter[int] = Counter()
     for number in range(0, 1000, every):
         job = Job(url=bucket.new_folder(), environment=bucket.environment())
-        rule = Rule(do, changes(job.url), skip=number)
+        rule = Rule(do, changes(job.url), after=number)
         killed = toys.run(job, before=partial(bucket.proxy.aim, rule))
         if killed.code == 0:
             break
