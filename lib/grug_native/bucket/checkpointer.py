@@ -39,7 +39,7 @@ from grug_native.checkpoint.metadata import (
     describe,
 )
 from grug_native.checkpoint.orbax_io import Restored, restore_checkpoint
-from grug_native.checkpoint.schedule import CheckpointPolicy, SaveSchedule
+from grug_native.checkpoint.schedule import CheckpointPolicy, SaveSchedule, close_after
 from grug_native.host.fault_injection import fault_point
 from grug_native.host.run_folder import RESULTS_FILE, RunLockedError, validate_run_id
 from grug_native.tracking.jsonl import METRICS_FILE
@@ -253,13 +253,7 @@ class BucketCheckpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.close()
-        except Exception as late:  # noqa: BLE001 - the first error is the one to report; this one is told with it
-            error.add_note(f"giving up the run failed as well: {late!r}")
+        close_after(error, self.close, "giving up the run")
 
     def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int, skipped_steps: int) -> None:
         self.check()

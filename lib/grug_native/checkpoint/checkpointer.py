@@ -24,7 +24,7 @@ from grug_native.checkpoint.metadata import (
     write_metadata,
 )
 from grug_native.checkpoint.orbax_io import CheckpointIO, Commit, OrbaxCheckpointIO, Restored, restore_checkpoint
-from grug_native.checkpoint.schedule import CheckpointPolicy, SaveSchedule
+from grug_native.checkpoint.schedule import CheckpointPolicy, SaveSchedule, close_after
 from grug_native.host.run_folder import (
     CHECKPOINTS_FOLDER,
     RunLock,
@@ -240,13 +240,7 @@ class GrugCheckpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.close()
-        except Exception as late:  # noqa: BLE001 - the first error is the one to report; this one is told with it
-            error.add_note(f"the save under way failed as well: {late!r}")
+        close_after(error, self.close, "the save under way")
 
     def _save(self, state: object, kind: CheckpointKind, step: int, data_offset: int, skipped_steps: int) -> None:
         self.wait()

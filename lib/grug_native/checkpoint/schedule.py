@@ -69,3 +69,13 @@ class SaveSchedule:
                 return None
             elapsed = bool(multihost_utils.broadcast_one_to_all(np.array(elapsed)))
         return "temporary" if elapsed else None
+
+
+def close_after(error: BaseException | None, close: Callable[[], None], what: str) -> None:
+    """Closes a checkpointer at the end of its `with`; after an `error`, what `close` raises is only told with it."""
+    try:
+        close()
+    except Exception as late:
+        if error is None:
+            raise
+        error.add_note(f"{what} failed as well: {late!r}")
