@@ -16,6 +16,7 @@ from grug_native.optimizer import AdamWConfig, GroupConfig, LionConfig, MuonConf
 from grug_native.rotary import GrugRopeConfig
 from grug_native.schedule import ScheduleConfig
 from grug_native.sharding import MeshAxes
+from grug_native.weights.config import InitFrom
 
 LEVANTER_DATA = "https://github.com/marin-community/marin/blob/main/lib/levanter/docs/reference/Data-Formats.md"
 """Where levanter documents its data config."""
@@ -44,6 +45,7 @@ _SECTIONS: tuple[tuple[str, type], ...] = (
     ("optimizer.embedding, .head, .matrix, .norm", GroupConfig),
     ("optimizer.schedule", ScheduleConfig),
     ("trainer", GrugTrainerConfig),
+    ("trainer.init_from", InitFrom),
     ("trainer.mesh", MeshAxes),
     ("eval", GrugEvalConfig),
     ("eval.harness", GrugHarnessConfig),

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from grug_native import attention, layers, loss, plan, train
+from grug_native import attention, components, layers, loss, microbatches, plan, train
 from grug_native.kernels import backend
 from grug_native.kernels.backend import Backend
 
@@ -26,7 +26,7 @@ def pretend(device: Backend) -> Generator[None]:
     """Lets all that asks for the devices' kind see `device`; what is traced before and after is forgotten."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attention, backend, layers, loss, plan, train):
+        for module in (attention, backend, components, layers, loss, microbatches, plan, train):
             patch.setattr(module, "current_backend", lambda: device)
         patch.setattr(jax, "default_backend", lambda: device.name)
         capability = device.cuda_capability or (0, 0)

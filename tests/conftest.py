@@ -14,14 +14,15 @@ FOLDER = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDire
 # Before anything imports jax or a hub client.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-# In a collective each device blocks a thread of XLA's pool; with none to spare, any other work would deadlock it.
-os.environ["NPROC"] = "16"
+# In a collective each device blocks a thread of XLA's pool, and a program may have several collectives at once; with no
+# thread to spare, all of them wait for ever.
+os.environ["NPROC"] = "64"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 # Code that is made fast, as a test compiles far longer than it computes; whoever wants other code says so.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# What one process of a worker has compiled, its others load: a small model compiles far longer than it trains.
+# What one process has compiled, the next ones load: a small model compiles far longer than it trains.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without a bound JAX takes no lock, and reads what another process has half written.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)
@@ -35,6 +36,13 @@ if FOLDER is not None:
 else:
     # A folder for each worker: on a busy machine they would wait for each other's lock longer than JAX has patience.
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
+
+import jax  # noqa: E402 - it reads the settings above
+
+# For the bound JAX looks at all programs before it adds one, and a worker has thousands. Its own need none: the
+# processes that it starts have another folder.
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "-own")
+jax.config.update("jax_compilation_cache_max_size", -1)
 
 gc.set_threshold(100_000, 50, 100)  # JAX keeps millions of objects, and to scan them again and again takes a sixth.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a script; what is started inherits it.

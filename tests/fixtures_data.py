@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -21,6 +22,26 @@ def make_text(seed: int, words: int) -> str:
     rng = random.Random(seed)
     lines = [" ".join(rng.choices(WORDS, k=8)) for _ in range(words // 8)]
     return f"document{seed}\n" + "\n".join(lines) + "\n"
+
+
+def write_rolling_task(folder: Path) -> Path:
+    """Writes a task of lm-eval, `rolling`, which scores three short documents whole."""
+    (folder / "documents.jsonl").write_text('{"text": "grug brain say"}\n' * 3)
+    task = {
+        "task": "rolling",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "documents.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (folder / "rolling.yaml").write_text(yaml.safe_dump(task))
+    return folder / "rolling.yaml"
 
 
 @pytest.fixture(scope="session")

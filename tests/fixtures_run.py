@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+from experiments.variants.moe import MixtureConfig
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
 from grug_native.language_model import LanguageModel
 from grug_native.model import GrugModelConfig, Transformer
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
 
 SMALL_MODEL = GrugModelConfig(
     vocab_size=300, hidden_dim=32, intermediate_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=32
+)
+
+SMALL_MIXTURE = MixtureConfig(
+    vocab_size=300,
+    hidden_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=32,
+    expert_dim=16,
+    shared_dim=24,
+    num_experts=4,
+    router_z_weight=1e-3,
 )
 
 

@@ -36,14 +36,17 @@ TESTED_WITH = {
     "data_mixture": "data_loader",
     "data_python_texts": "data_corpus",
     "data_record": "checkpoint_metadata",
+    "data_sketch": "plan",
     "data_text_files": "data_documents",
     "data_text_survey": "data_corpus",
     "data_vocabulary": "data_cache",
+    "data_vocabulary_check": "data_loader",
     "eval_hooks": "evaluation_perplexity",
     "evaluation_config": "config",
     "host_shell": "cli_main",
     "launch_exit_codes": "cli_main",
     "launch_job": "launch_summary",
+    "launch_text_domains": "launch_text_run",
     "loop": "runner",
     "parsing_check": "config",
     "parsing_named_types": "config",
@@ -51,6 +54,10 @@ TESTED_WITH = {
     "resume": "plan",
     "run_plan": "plan",
     "step_log": "runner",
+    "weights_config": "weights_init_from",
+    "weights_hf_export": "export",
+    "weights_hf_tensors": "export",
+    "weights_sources": "weights_init_from",
 }
 """Modules which have no test file of their own, since they are one thing with another to whoever calls them."""
 
@@ -114,5 +121,6 @@ def undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
 
 
 def overridden(node: Definition) -> bool:
-    """Whether a method is documented where it was declared first."""
-    return any(isinstance(decorator, ast.Name) and decorator.id == "override" for decorator in node.decorator_list)
+    """Whether a method is documented where it was declared first, or where its overloads are implemented."""
+    names = {decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)}
+    return not names.isdisjoint({"override", "overload"})

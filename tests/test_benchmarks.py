@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.benchmarks import eval_stall, experts, growth, input_pipeline, loop_overhead, measure, optimizers
+from experiments.benchmarks import (
+    eval_stall,
+    experts,
+    generation,
+    growth,
+    input_pipeline,
+    loop_overhead,
+    measure,
+    microbatches,
+    optimizers,
+)
 from experiments.benchmarks.measure import SHAPES, Spread, interleave, spread
 from experiments.benchmarks.optimizers import Bench, Outcome, Study, Trial, run_row, tune
 from grug_native.optimizer import AdamWConfig, MuonConfig
@@ -50,10 +60,13 @@ def test_a_spread_is_median_and_percentiles() -> None:
 
 def test_input_pipeline(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
-    input_pipeline.main(["--shape", "toy", "--rounds", "1", "--steps", "5", "--batches", "3", "--json", str(file)])
+    input_pipeline.main(
+        ["--shape", "toy", "--rounds", "1", "--steps", "5", "--batches", "3", "--turns", "2", "--json", str(file)]
+    )
     numbers = numbers_of(file)["toy"]
     assert numbers["wait for a batch [ms]"]["count"] == numbers["step [ms]"]["count"] == 3
-    assert numbers["loader alone [batches/s]"]["median"] > 0
+    assert numbers["loader alone [sequences/s]"]["median"] > 0
+    assert numbers["loader / one by one (bar: 4)"]["count"] == 2
     assert 0 <= numbers["all waits / all steps [%]"] < 100
     assert numbers["longest wait [ms]"] >= numbers["wait for a batch [ms]"]["high"]
 
@@ -188,3 +201,22 @@ def test_the_crossing_of_a_curve_lies_between_its_points() -> None:
     assert outcome.final == 1.5
     assert (outcome.steps_to(2.5), outcome.steps_to(3.5), outcome.steps_to(1.75)) == (15, 10, 25)
     assert math.isinf(outcome.steps_to(1.0))
+
+
+def test_microbatches(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    microbatches.main(["--shape", "toy", "--passes", "2", "--rounds", "2", "--json", str(file)])
+    numbers = numbers_of(file)["toy"]
+    assert numbers["2 passes: temporaries [MiB]"] < numbers["one pass: temporaries [MiB]"]
+    assert numbers["one pass: step [ms]"]["count"] == numbers["2 passes: step [ms]"]["count"] == 2
+
+
+def test_generation(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    sizes = ["--requests", "4", "--alone", "2", "--longest", "12", "--new-tokens", "4", "--first-of", "12"]
+    generation.main(["--shape", "toy", *sizes, "--rounds", "1", "--json", str(file)])
+    numbers = numbers_of(file)
+    many = numbers["toy, prompts of 3 to 12, 4 new"]
+    together, apart = (many[f"{name} [tokens/s]"]["median"] for name in ("4 at once", "one at a time"))
+    assert many["at once / one at a time (bar: 8)"]["median"] == pytest.approx(together / apart)
+    assert numbers["toy"]["first token / forward pass, last logits (bar: 1.5)"]["count"] == 4

@@ -20,7 +20,7 @@ from grug_native.host.signals import ExitCode
 from grug_native.optimizer import AdamWConfig, MuonConfig
 from grug_native.schedule import ScheduleConfig
 from grug_native.tracking.jsonl import read_metrics
-from tests.fixtures_data import make_text
+from tests.fixtures_data import make_text, write_rolling_task
 from tests.fixtures_run import SMALL_MODEL, MakeRun, without_runtime_types
 
 if TYPE_CHECKING:
@@ -98,22 +98,8 @@ def test_eval_current_and_averaged(trained: Path, capsys: Capture) -> None:
 
 
 def test_harness_writes_a_report(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "documents.jsonl").write_text('{"text": "grug brain say"}\n' * 3)
-    task = {
-        "task": "rolling",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(tmp_path / "documents.jsonl")},
-            "cache_dir": str(tmp_path / "cache"),
-        },
-        "test_split": "test",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    }
-    (tmp_path / "rolling.yaml").write_text(yaml.safe_dump(task))
-    assert main(["harness", str(trained), "--tasks", str(tmp_path / "rolling.yaml"), "--limit", "2"]) == 0
+    task = str(write_rolling_task(tmp_path))
+    assert main(["harness", str(trained), "--tasks", task, "--limit", "2"]) == 0
     printed = capsys.readouterr().out
     assert "lm_eval/rolling/bits_per_byte" in printed
     report = json.loads((trained / "harness" / "step-4-rolling.json").read_text())
@@ -121,7 +107,7 @@ def test_harness_writes_a_report(trained: Path, tmp_path: Path, capsys: Capture)
     # What cannot be written is printed, and then the error is said.
     blocked = shutil.copytree(trained, tmp_path / "blocked", ignore=shutil.ignore_patterns("harness"))
     (blocked / "harness").write_text("a file")
-    assert main(["harness", str(blocked), "--tasks", str(tmp_path / "rolling.yaml")]) == ExitCode.FAILED
+    assert main(["harness", str(blocked), "--tasks", task]) == ExitCode.FAILED
     printed = capsys.readouterr()
     assert "lm_eval/rolling/bits_per_byte" in printed.out and '"n-samples": {' in printed.out
     assert "the report cannot be written" in printed.err and str(blocked / "harness") in printed.err
@@ -138,6 +124,20 @@ def test_sample_and_plot(trained: Path, tmp_path: Path, capsys: Capture) -> None
     assert all(text.startswith("grug brain") for text in texts)
     # As much as there is room for, if nobody says how much.
     assert main(["sample", str(trained), "--step", "2"]) == 0
+    capsys.readouterr()
+    (tmp_path / "prompts.txt").write_bytes("\ufeffsay \r\n\n  \r\ncomplexity".encode())
+    several = ["sample", str(trained), "grug brain", "--prompt_file", str(tmp_path / "prompts.txt")]
+    assert main([*several, "--max_new_tokens", "8", "--temperature", "0", "--top_p", "0.5"]) == 0
+    own, *others = capsys.readouterr().out.split("\n---\n")
+    assert f"{own}\n" == texts[0]
+    assert [text[: len(start)] for text, start in zip(others, ("say ", "complexity"), strict=True)] == [
+        "say ",
+        "complexity",
+    ]
+    for content, words in ((b" \n\n", "has no prompts"), (b"caf\xe9", "cannot be read as UTF-8")):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        assert main(several) == ExitCode.REFUSED
+        assert words in capsys.readouterr().err
     assert main(["plot", str(trained), "--output", str(tmp_path / "none" / "a.png")]) == ExitCode.REFUSED
     assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert main(["plot", str(trained), str(trained), "--output", str(tmp_path / "both.png")]) == 0
@@ -387,7 +387,7 @@ def test_errors_have_their_exit_codes() -> None:
         assert explain(error) == (code, "x")
     explained = explain(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"))
     assert explained is not None
-    assert "lower trainer.train_batch_size" in explained[1]
+    assert "trainer.microbatch_size=auto" in explained[1]
     assert explain(jax.errors.JaxRuntimeError("INTERNAL: x")) is None
     assert explain(TypeError("x")) is None
 
@@ -416,9 +416,9 @@ def test_text_may_stand_before_and_after_options() -> None:
                 ["--temperature", "0", "RUN", "Once upon"],
                 ["RUN", "Once upon"],
             ),
-            {"run": "RUN", "prompt": "Once upon"},
+            {"run": "RUN", "prompts": ["Once upon"]},
         ),
-        (("sample",), (["RUN", "--seed", "-1", "--", "-x"], ["RUN", "--", "-x"]), {"run": "RUN", "prompt": "-x"}),
+        (("sample",), (["RUN", "--seed", "-1", "--", "-x"], ["RUN", "--", "-x"]), {"run": "RUN", "prompts": ["-x"]}),
         (("plot",), (["a", "--output", "o", "b"], ["--output", "o", "a", "b"]), {"runs": ["a", "b"], "output": "o"}),
         (("plan",), (["--measure", "3", "RUN"], ["RUN", "--measure", "3"]), {"config": "RUN", "measure": 3}),
         (("eval",), (["--step", "2", "RUN"], ["RUN", "--step", "2"]), {"run": "RUN", "step": 2}),
@@ -490,6 +490,15 @@ def test_plan_of_a_file_does_not_import_levanter(config_file: Path, tmp_path: Pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_sampling_imports_no_data_stack(trained: Path) -> None:
+    code = (
+        f"import sys; from grug_native.cli.main import main; main(['sample', {str(trained)!r}, 'a'])\n"
+        "print([name for name in ('levanter.data', 'haliax', 'pyarrow', 'orbax', 's3fs') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_config_with_overrides_round_trips(make_run: MakeRun) -> None:

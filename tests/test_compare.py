@@ -9,6 +9,7 @@ import pytest
 from experiments.benchmarks import compare, kernels
 from experiments.benchmarks.peers import shapes
 from experiments.benchmarks.peers.gate import Turn
+from experiments.benchmarks.peers.inputs import random_segments
 from experiments.benchmarks.peers.shapes import SHAPES, Job
 from experiments.benchmarks.peers.summary import Comparison, Start
 from experiments.benchmarks.peers.worker import CONTENDERS
@@ -91,10 +92,10 @@ def test_every_contender_has_its_module() -> None:
     assert all((PEERS / f"{module}.py").is_file() for module in modules)
 
 
-def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
-    job = Job(
-        folder=str(tmp_path),
-        shape="toy",
+def make_job(folder: Path, shape: str) -> Job:
+    return Job(
+        folder=str(folder),
+        shape=shape,
         num_batches=3,
         data="random",
         corpora="corpora",
@@ -102,6 +103,19 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         model={"remat": "full"},
         levanter_weights=False,
     )
+
+
+@pytest.mark.parametrize("shape", ["toy", "host"])
+def test_rows_of_any_length_hold_some_documents(shape: str, tmp_path: Path) -> None:
+    sizes = SHAPES[shape]
+    segments = random_segments(make_job(tmp_path, shape))
+    assert segments.shape == (3, sizes.batch_size, sizes.seq_len)
+    counts = segments[..., -1] + 1
+    assert counts.min() >= 3 and counts.max() <= min(9, sizes.seq_len)
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "toy")
     assert Job.read(str(job.write())) == job
     assert job.sizes == SHAPES["toy"] and job.sizes.tokens == 256
 

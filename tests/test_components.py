@@ -49,6 +49,7 @@ def test_a_sequence_longer_than_the_data_is_refused(make_run: MakeRun) -> None:
     ("changes", "words"),
     [
         ({"trainer": {"train_batch_size": 6}}, "train_batch_size=6 does not divide over 4"),
+        ({"trainer": {"train_batch_size": 8, "microbatch_size": 2}}, "microbatch_size=2 does not divide over 4"),
         ({"trainer": {"mesh": MeshAxes(data=3)}}, "does not fit 4 device"),
         ({"model": replace(SMALL_MODEL, hidden_dim=30, head_dim=8)}, "model.hidden_dim=30 does not divide over the 4"),
         ({"trainer": {"mesh": MeshAxes(model=4)}}, "model.num_kv_heads=2 does not divide over the 4"),
@@ -66,3 +67,10 @@ def test_a_tokenizer_that_did_not_move_along_is_named(make_run: MakeRun, name: s
     with pytest.raises(ValueError, match=rf"data\.tokenizer='{name}' is no folder here"):
         load_tokenizer(data)
     assert not Path(name).exists()
+
+
+@pytest.mark.parametrize("text", ['{"model', "{}"])
+def test_a_damaged_tokenizer_is_named(text: str, make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"data\.tokenizer='{tmp_path}' holds no tokenizer that can be read"):
+        load_tokenizer(replace(make_run().data, tokenizer=str(tmp_path)))

@@ -113,6 +113,7 @@ def test_a_key_like_no_other_is_answered_with_all(make_run: MakeRun) -> None:
         ("trainer", "num_train_steps", 0, ["num_train_steps=0", "positive"]),
         ("trainer", "num_train_steps", -5, ["num_train_steps=-5", "positive"]),
         ("trainer", "train_batch_size", 0, ["train_batch_size=0", "positive"]),
+        ("trainer", "microbatch_size", 3, ["trainer.microbatch_size=3", "batch of 4 sequences"]),
         ("trainer", "train_batch_size", [[1, 4]], ["train_batch_size", "the first at step 0"]),
         ("trainer", "train_batch_size", [[0, 4], [0, 8]], ["each later than the one before"]),
         ("trainer", "log_every", 0, ["log_every=0"]),

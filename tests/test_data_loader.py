@@ -1,8 +1,9 @@
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, override
@@ -37,7 +38,9 @@ from grug_native.data.loader import (
     iter_from_step,
     mixture_metrics,
 )
+from grug_native.data.token_reader import CachedArray
 from grug_native.sharding import create_mesh
+from tests.token_caches import levanters
 
 VOCAB = 300
 POS = Axis("position", 32)
@@ -68,6 +71,15 @@ _CONFIGS: dict[str, tuple[dict[str, Any], int | IntSchedule]] = {
     "two stages, growing batches": ({"train_weights": STAGES}, GROWING),
     "block shuffle": ({"shuffle": BlockShuffleConfig(io_block_size=4, window_blocks=4)}, 8),
     "no shuffle, one component unused": ({"shuffle": False, "train_weights": {"caves": 0.0, "clubs": 1.0}}, 4),
+    "one component later, linear shuffle": (
+        {
+            "shuffle": True,
+            "permutation_type": "linear",
+            "train_weights": [(0, {"clubs": 0.0, "caves": 1.0}), (4, {"clubs": 0.5, "caves": 0.5})],
+        },
+        4,
+    ),
+    "parts of the components": ({"max_train_batches": {"caves": 7}, "num_validation_sequences": {"clubs": 5}}, 4),
 }
 
 
@@ -90,13 +102,16 @@ def test_a_batch_is_a_function_of_config_seed_and_step(small_corpus: LmDataConfi
     levanters.close()
 
 
-def test_batches_are_those_of_levanters_mixture(small_corpus: LmDataConfig) -> None:
-    cfg = replace(small_corpus, train_weights=[(0, {"clubs": 0.0, "caves": 1.0}), (4, {"clubs": 0.5, "caves": 0.5})])
-    dataset, _ = _build(cfg)
-    theirs = cfg.train_mixture(POS, BatchSchedule(4), key=jax.random.key(7))
-    rows = list(range(48))
-    mine, other = dataset.as_sync_dataset().get_batch(rows), theirs.as_sync_dataset().get_batch(rows)
-    assert [_bytes(example) for example in mine] == [_bytes(example) for example in other]
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_batches_are_those_of_levanters_mixture(small_corpus: LmDataConfig, name: str) -> None:
+    changes, batch_size = _CONFIGS[name]
+    cfg, schedule = replace(small_corpus, **changes), BatchSchedule(batch_size)
+    dataset, loader = _build(cfg, batch_size)
+    theirs = cfg.train_mixture(POS, schedule, key=jax.random.key(7))
+    for step in (0, 3, 7, 40):
+        first, size = schedule.global_data_offset_by_step(step), schedule.batch_size_at_step(step)
+        rows = list(range(first, first + size))
+        assert _bytes(batch_at(loader, step)) == _bytes(levanters(theirs, rows)) == _bytes(levanters(dataset, rows))
 
 
 def test_another_key_gives_other_batches(small_corpus: LmDataConfig) -> None:
@@ -342,6 +357,33 @@ def test_closing_does_not_wait_for_a_fetch_that_hangs(monkeypatch: pytest.Monkey
     batches.close()
     assert len(_threads()) == 1
     released.set()
+
+
+def test_closing_leaves_a_read_under_way(small_corpus: LmDataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorStore's read is not cancelled: the thread waits for it, and then ends."""
+    promise, late = ts.Promise[Any].new()
+    calls, begun = count(), threading.Event()
+    read = CachedArray.read
+
+    def read_slowly(
+        self: CachedArray, starts: np.ndarray, stops: np.ndarray, futures: list[ts.Future[Any]]
+    ) -> Callable[[], np.ndarray]:
+        if next(calls) > 0:
+            futures.append(late)
+            begun.set()
+        return read(self, starts, stops, futures)
+
+    monkeypatch.setattr(data, "_CLOSE_SECONDS", 0.01)
+    _, loader = _build(replace(small_corpus, train_weights={"clubs": 1.0}))
+    monkeypatch.setattr(CachedArray, "read", read_slowly)
+    batches = iter_from_step(loader, 0)
+    next(batches)
+    assert begun.wait(timeout=30)
+    batches.close()
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "grug-data"]
+    promise.set_result(None)
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_a_slow_batch_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -86,7 +86,7 @@ def test_the_first_leaf_that_is_not_finite_is_named() -> None:
     params = init()
     assert first_nonfinite(params) is None
     wk = poison(poison(params.blocks.attn.wk, (1, 2, 3), jnp.nan), (1, 5, 0), -jnp.inf)
-    sick = eqx.tree_at(lambda p: (p.blocks.attn.wk, p.lm_head), params, (wk, params.lm_head * jnp.nan))
+    sick = eqx.tree_at(lambda p: (p.blocks.attn.wk, p.lm_head), params, (wk, params.head * jnp.nan))
     found = first_nonfinite({"params": sick, "step": jnp.array(3)})
     assert found is not None
     assert found == ("params.blocks.attn.wk", 1, 1, (1, 2, 3))

@@ -1,8 +1,9 @@
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from jaxtyping import Array
 from levanter.data.dataset import ListAsyncDataset
 from levanter.data.text.examples import GrugLmExample
 from levanter.grug.attention import AttentionMask
@@ -21,12 +23,14 @@ from levanter.tokenizers import MarinTokenizer
 from lm_eval.tasks._index import TaskIndex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from grug_native.attention import Mask
 from grug_native.data.corpus import local_text_data
 from grug_native.data.text_tokens import text_only
 from grug_native.evaluation.config import GrugEvalConfig, GrugHarnessConfig
 from grug_native.evaluation.harness import build_harness
 from grug_native.evaluation.perplexity import build_tagged_evaluator
 from grug_native.evaluation.scoring import Scorer
+from grug_native.language_model import logits
 from grug_native.model import GrugModelConfig, Transformer
 from grug_native.optimizer import AdamWConfig, GrugOptimizer
 from grug_native.schedule import ScheduleConfig
@@ -34,7 +38,7 @@ from grug_native.sharding import create_mesh
 from grug_native.state import init_train_state
 from grug_native.train import train_step
 from tests.fixtures_data import make_text
-from tests.fixtures_run import SMALL_MODEL, without_runtime_types
+from tests.fixtures_run import SMALL_MODEL, llama, without_runtime_types
 from tests.tolerance import loss_terms, tolerance
 
 if TYPE_CHECKING:
@@ -282,22 +286,22 @@ def _sentence(rng: random.Random, *, plural: bool, agrees: bool) -> str:
     return f"the {rng.choice(ADJECTIVES)} {noun}{'s' if plural else ''} {verb}{'s' if plural != agrees else ''} now."
 
 
-@pytest.mark.usefixtures("no_index")
-def test_a_model_trained_on_prose_tells_good_from_bad(make_task: MakeTask, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    lines = [_sentence(rng, plural=rng.random() < 0.5, agrees=True) for _ in range(3000)]
-    (tmp_path / "prose.txt").write_text("\n".join(lines))
-    data = local_text_data({"prose": tmp_path / "prose.txt"}, cache_dir=tmp_path / "corpora", vocab_size=300)
-    tokenizer = data.the_tokenizer
-    pairs: list[dict[str, Any]] = []
-    for plural in (False, True) * 60:  # As many where the good one is the longer as where it is the shorter.
-        state = rng.getstate()
-        good = _sentence(rng, plural=plural, agrees=True)
-        rng.setstate(state)
-        pairs.append({"good": good, "bad": _sentence(rng, plural=plural, agrees=False)})
-    task = make_task("agreement", "multiple_choice", pairs)
-    harness = build_harness(GrugHarnessConfig(tasks=(task,)), tokenizer, max_length=32)
+@dataclass(frozen=True)
+class Prose:
+    """A model of sentences in which noun and verb agree, before and after its training, and its tokenizer."""
 
+    tokenizer: MarinTokenizer
+    untrained: Scorer
+    trained: Scorer
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
+    folder, rng = tmp_path_factory.mktemp("prose"), random.Random(0)
+    lines = [_sentence(rng, plural=rng.random() < 0.5, agrees=True) for _ in range(3000)]
+    (folder / "prose.txt").write_text("\n".join(lines))
+    data = local_text_data({"prose": folder / "prose.txt"}, cache_dir=folder / "corpora", vocab_size=300)
+    tokenizer = data.the_tokenizer
     config = GrugModelConfig(
         vocab_size=300, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=2, max_seq_len=32
     )
@@ -305,12 +309,74 @@ def test_a_model_trained_on_prose_tells_good_from_bad(make_task: MakeTask, tmp_p
     mesh = create_mesh(32, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = init_train_state(config, optimizer, key=jax.random.key(0))
-        untrained = harness.run(Scorer(state.params, mesh, 32, 32), step=0)["lm_eval/agreement/acc"]
+        untrained = Scorer(jax.tree.map(jnp.copy, state.params), mesh, 32, 32)
         for step in range(150):
             state, _ = train_step(optimizer, state, _batch(tokenizer, lines, step))
-    trained = harness.run(Scorer(state.params, mesh, 32, 32), step=150)["lm_eval/agreement/acc"]
-    assert 0.4 <= untrained <= 0.6
-    assert trained > 0.9
+    return Prose(tokenizer, untrained, Scorer(state.params, mesh, 32, 32))
+
+
+@pytest.mark.usefixtures("no_index")
+def test_a_model_trained_on_prose_tells_good_from_bad(prose: Prose, make_task: MakeTask) -> None:
+    rng = random.Random(1)
+    pairs: list[dict[str, Any]] = []
+    for plural in (False, True) * 60:  # As many where the good one is the longer as where it is the shorter.
+        state = rng.getstate()
+        good = _sentence(rng, plural=plural, agrees=True)
+        rng.setstate(state)
+        pairs.append({"good": good, "bad": _sentence(rng, plural=plural, agrees=False)})
+    task = make_task("agreement", "multiple_choice", pairs)
+    harness = build_harness(GrugHarnessConfig(tasks=(task,)), prose.tokenizer, max_length=32)
+    assert 0.4 <= harness.run(prose.untrained, step=0)["lm_eval/agreement/acc"] <= 0.6
+    assert harness.run(prose.trained, step=150)["lm_eval/agreement/acc"] > 0.9
+
+
+@jax.jit
+def _likeliest(params: Transformer, tokens: Array) -> Array:
+    return jnp.argmax(logits(params, tokens, Mask()), axis=-1)
+
+
+@pytest.mark.usefixtures("no_index")
+def test_answers_are_those_of_full_forward_passes(prose: Prose, make_task: MakeTask, tmp_path: Path) -> None:
+    """And so is an exact match of 200 documents, whose answers end at a stop string across tokens."""
+    rng, tokenizer, stop = random.Random(2), prose.tokenizer, "s no"
+    documents: list[dict[str, Any]] = []
+    for number in range(200):
+        # Every fifth prompt is too long, and loses its beginning.
+        before = _sentence(rng, plural=False, agrees=True).rsplit(" ", 2)[0]
+        long = "the old and the wet and the small and the old and the happy and " if number % 5 == 0 else ""
+        documents.append({"text": long + before, "good": f" {rng.choice(VERBS)}"})
+    task = make_task("verbs", "generate_until", documents, doc_to_text="{{text}}", doc_to_target="{{good}}")
+    task["generation_kwargs"] = {"until": ["never", stop], "max_gen_toks": 8}
+    harness = build_harness(GrugHarnessConfig(tasks=(task,), log_samples=True), tokenizer, max_length=32)
+    found = harness.run(prose.trained, step=150, folder=tmp_path)["lm_eval/verbs/exact_match"]
+
+    prompts = [tokenizer.encode(document["text"]) for document in documents]
+    rows = [prompt[-(32 - 8) :] for prompt in prompts]
+    for _ in range(8):
+        padded = jnp.asarray([row + [0] * (32 - len(row)) for row in rows])
+        with jax.set_mesh(prose.trained.mesh):
+            table = np.asarray(_likeliest(llama(prose.trained.params), padded))
+        rows = [[*row, int(table[number, len(row) - 1])] for number, row in enumerate(rows)]
+    eos = str(tokenizer.eos_token)
+    texts = [tokenizer.decode(row[-8:]) for row in rows]
+    answers = [text.split(stop)[0].split(eos)[0] for text in texts]
+    matches = [answer == document["good"] for answer, document in zip(answers, documents, strict=True)]
+    report = json.loads((tmp_path / "step-150-verbs.json").read_text())
+    samples = sorted(report["samples"]["verbs"], key=lambda sample: sample["doc_id"])
+    assert [sample["resps"][0][0] for sample in samples] == answers
+    assert found == np.mean(matches)
+    assert 0 < found < 1
+    cut = sum(len(prompt) > 32 - 8 for prompt in prompts)
+    assert report["run"]["cut_contexts"]["verbs"] == {"contexts": 200, "cut": cut}
+    assert cut == 40
+    # The stop string begins in the middle of a token in some texts, and ends in the middle of one in others.
+    inside: Counter[str] = Counter()
+    for row, text in zip(rows, texts, strict=True):
+        borders = {len(tokenizer.decode(row[-8 : end - 8 or None])) for end in range(1, 9)}
+        if (at := text.find(stop)) >= 0:
+            inside["starts"] += at not in borders
+            inside["ends"] += at + len(stop) not in borders
+    assert inside["starts"] > 0 and inside["ends"] > 0
 
 
 def test_lm_evals_own_bits_per_byte_are_ours(scorer: Scorer, tokenizer: MarinTokenizer, make_task: MakeTask) -> None:

@@ -143,17 +143,56 @@ def test_generation_stops_where_the_task_says(model: GrugLM, scorer: Scorer, tok
         _instances("generate_until", [(prompt, {"until": [], "do_sample": True, "max_gen_toks": 12})] * 2)
     )
     assert len({*sampled, free}) == 3
-    with pytest.raises(ValueError, match="top_p"):
-        model.generate_until(_instances("generate_until", [(prompt, {"do_sample": True, "top_p": 0.9})]))
-    with pytest.raises(ValueError, match="leaves no room"):
-        model.generate_until(_instances("generate_until", [(prompt, {"max_gen_toks": ROW})]))
+
+
+def test_an_answer_does_not_depend_on_the_other_requests(model: GrugLM) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"until": ["a"], "max_gen_toks": 12},
+        {"until": [], "do_sample": True, "max_gen_toks": 9},
+        {"until": ["ö", "\n"], "do_sample": True, "top_k": 40, "top_p": 0.8, "temperature": 0.5, "max_gen_toks": 9},
+        {"until": [], "do_sample": True, "max_gen_toks": 9, "seed": 1},
+    ]
+    given = [(text, kinds[number % 4]) for number, text in enumerate(TEXTS + TEXTS)]
+    requests = _instances("generate_until", given)
+    answers = model.generate_until(requests)
+    assert model.generate_until(requests[::-1]) == answers[::-1]
+    assert [model.generate_until([request])[0] for request in requests[:6]] == answers[:6]
+    # A request that is repeated is drawn anew; one with another seed too.
+    again = model.generate_until([requests[1]] * 3)
+    assert again[0] == answers[1] and len(set(again)) == 3
+    [other] = _instances("generate_until", [(TEXTS[1], kinds[1] | {"seed": 5})])
+    other.doc_id = 1
+    assert model.generate_until([other]) != answers[1:2]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (
+            {"do_sample": True, "min_p": 0.9},
+            r"\['min_p'\] are not supported: sample by temperature, top_k, top_p and seed",
+        ),
+        ({"max_gen_toks": ROW}, "max_gen_toks=32 leaves no room for a prompt in the 32 positions"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 must be positive"),
+        ({"until": ["a", 3]}, "until=3 is no text"),
+        ({"do_sample": True, "top_k": 301}, "top_k=301 must be null or lie in"),
+        ({"do_sample": True, "top_p": 2}, r"top_p=2.0 must be null or lie in \(0, 1\]"),
+        ({"do_sample": True, "seed": 2**40}, "generation_kwargs seed=1099511627776 must lie in"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_with_their_document(
+    model: GrugLM, kwargs: dict[str, Any], words: str
+) -> None:
+    requests = _instances("generate_until", [("grug", {"until": []}), ("brain", kwargs)])
+    with pytest.raises(ValueError, match=f"task 'task', document 1: .*{words}"):
+        model.generate_until(requests)
 
 
 def test_documents_begin_as_in_training(scorer: Scorer, tokenizer: MarinTokenizer) -> None:
     plain = GrugLM(scorer, tokenizer)
     assert plain.prefix_token_id == plain.eot_token_id == tokenizer.eos_token_id
     assert plain.tok_encode("grug") == tokenizer.encode("grug")
-    with_bos = GrugLM(scorer, replace(tokenizer, _bos_id=7, _bos_token="x"))  # pyright: ignore
+    with_bos = GrugLM(scorer, replace(tokenizer, _bos_id=7, _bos_token="x"))  # pyright: ignore[reportArgumentType] - a dataclass
     assert with_bos.prefix_token_id == 7
     assert with_bos.tok_encode("grug") == [7, *tokenizer.encode("grug")]
     assert with_bos.tok_encode("grug", add_special_tokens=False) == tokenizer.encode("grug")
@@ -163,4 +202,4 @@ def test_documents_begin_as_in_training(scorer: Scorer, tokenizer: MarinTokenize
     wanted = expected.log_likelihood
     assert with_bos.loglikelihood(pair)[0][0] == pytest.approx(wanted, abs=tolerance(TERMS, wanted))
     with pytest.raises(ValueError, match="no EOS token"):
-        GrugLM(scorer, replace(tokenizer, _eos_id=None))  # pyright: ignore
+        GrugLM(scorer, replace(tokenizer, _eos_id=None))  # pyright: ignore[reportArgumentType] - a dataclass

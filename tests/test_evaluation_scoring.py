@@ -13,7 +13,8 @@ from levanter.data.packing import pack_documents
 from levanter.grug.attention import AttentionMask
 
 from grug_native import loss
-from grug_native.evaluation.generate import generate
+from grug_native.evaluation.drawing import Sampling
+from grug_native.evaluation.generate import Prompt, Sampler
 from grug_native.evaluation.scoring import Request, Score, Scorer, pack
 from grug_native.language_model import logits
 from grug_native.model import Transformer
@@ -85,7 +86,8 @@ def test_packed_scores_equal_one_request_at_a_time(scorer: Scorer) -> None:
     requests = _requests(1000)
     # Some continuations are what the model itself would say, so that both greedy flags occur.
     prompts = [request.context[:20] for request in requests[::20]]
-    greedy = [generate(scorer.params, prompt, max_new_tokens=3, temperature=0.0) for prompt in prompts]
+    sampler = Sampler(scorer.params, scorer.mesh, 64)
+    greedy = sampler.draw([Prompt(prompt, 3, Sampling(temperature=0.0)) for prompt in prompts])
     requests[::20] = [Request(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True)]
     one_device = create_mesh(4, devices=jax.devices()[:1])
     alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), scorer.params)

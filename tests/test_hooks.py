@@ -34,8 +34,16 @@ def pairs_task(folder: Path) -> dict[str, object]:
     }
 
 
+def words_task(folder: Path) -> dict[str, object]:
+    drawn = {"output_type": "generate_until", "doc_to_text": "{{bad}}", "doc_to_target": "{{good}}"}
+    drawn |= {"task": "words", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    scored = {name: value for name, value in pairs_task(folder).items() if name != "doc_to_choice"}
+    return scored | drawn | {"metric_list": [metric]}
+
+
 def test_tasks_and_samples_run_in_the_loop(make_run: MakeRun, tmp_path: Path) -> None:
-    harness = GrugHarnessConfig(tasks=(pairs_task(tmp_path),), steps_per_harness=2)
+    harness = GrugHarnessConfig(tasks=(pairs_task(tmp_path), words_task(tmp_path)), steps_per_harness=2)
     config = make_run(
         trainer={"num_train_steps": 3},
         eval=GrugEvalConfig(max_eval_batches=1, harness=harness, sample_prompts=("grug", ""), sample_tokens=4),
@@ -45,7 +53,11 @@ def test_tasks_and_samples_run_in_the_loop(make_run: MakeRun, tmp_path: Path) ->
     rows = {int(row["step"]): row for row in read_metrics(folder / "metrics.jsonl")}
     assert [step for step, row in rows.items() if "lm_eval/pairs/acc" in row] == [0, 2, 3]
     assert 0 <= float(rows[3]["lm_eval/pairs/acc"]) <= 1
-    assert {path.name for path in (folder / "harness").iterdir()} == {f"step-{step}-pairs.json" for step in (0, 2, 3)}
+    assert 0 <= float(rows[3]["lm_eval/words/exact_match"]) <= 1
+    reports = {path.name: json.loads(path.read_text()) for path in (folder / "harness").iterdir()}
+    assert reports.keys() == {f"step-{step}-pairs+words.json" for step in (0, 2, 3)}
+    cut = reports["step-3-pairs+words.json"]["run"]["cut_contexts"]
+    assert cut == {"pairs": {"contexts": 6, "cut": 0}, "words": {"contexts": 3, "cut": 0}}
     samples = (folder / "samples.md").read_text()
     assert [line for line in samples.splitlines() if line.startswith("#")] == ["## Step 0", "## Step 3"]
     assert samples.count("```text\ngrug") == 2

@@ -13,7 +13,8 @@ import os, sys
 from grug_native.host.process import prepare_process
 print(os.getpid(), flush=True)
 prepare_process()
-print(os.getpid(), os.environ["GLIBC_TUNABLES"], os.environ["JAX_COMPILATION_CACHE_DIR"], sys.argv[1:], flush=True)
+print(os.getpid(), os.environ["GLIBC_TUNABLES"], os.environ["JAX_COMPILATION_CACHE_DIR"],
+      os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"], sys.argv[1:], flush=True)
 """
 
 
@@ -21,7 +22,8 @@ def run(tmp_path: Path, **variables: str) -> list[str]:
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
     kept = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "XDG_CACHE_HOME")}
-    kept.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        kept.pop(name, None)
     command = [sys.executable, "-W", "error", str(file), "an argument", "--flag"]
     return subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -30,12 +32,14 @@ def run(tmp_path: Path, **variables: str) -> list[str]:
 def test_a_program_is_started_again_once_with_huge_pages(tmp_path: Path) -> None:
     first, again, last = run(tmp_path, XDG_CACHE_HOME="somewhere")
     assert first == again
-    assert last == f"{first} glibc.malloc.hugetlb=1 somewhere/grug_native/xla ['an argument', '--flag']"
+    assert last == f"{first} glibc.malloc.hugetlb=1 somewhere/grug_native/xla 0 ['an argument', '--flag']"
 
 
 def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
-    first, last = run(tmp_path, GLIBC_TUNABLES="", JAX_COMPILATION_CACHE_DIR="mine")
-    assert last == f"{first}  mine ['an argument', '--flag']"
+    first, last = run(
+        tmp_path, GLIBC_TUNABLES="", JAX_COMPILATION_CACHE_DIR="mine", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="2"
+    )
+    assert last == f"{first}  mine 2 ['an argument', '--flag']"
 
 
 def interrupted(main: str, after: str = "ready") -> tuple[int, str]:

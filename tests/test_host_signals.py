@@ -33,6 +33,13 @@ def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals,
     signal.signal(signal.SIGHUP, given)
 
 
+def test_a_signal_at_the_last_moment_counts() -> None:
+    for _ in range(50):
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.exit_code == 143
+
+
 def test_under_nohup_a_closed_terminal_is_no_signal() -> None:
     given = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignal() as stop:
@@ -48,7 +55,7 @@ def test_handlers_come_back_after_an_error_too() -> None:
         assert signal.getsignal(signal.SIGTERM) is not before[0]
         raise RuntimeError("a step failed")
     assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
-    wait_until(lambda: "grug-signals" not in [thread.name for thread in threading.enumerate()])
+    assert "grug-signals" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_other_signals_are_left_alone() -> None:

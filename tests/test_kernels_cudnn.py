@@ -41,7 +41,7 @@ def segment_ids(rows: list[list[int]]) -> np.ndarray:
 @settings(deadline=None, max_examples=60)
 def test_the_layout_says_where_each_run_of_ids_is(rows: list[list[int]]) -> None:
     ids = np.array(rows)
-    packed = pack_rows(jnp.asarray(ids))
+    packed = jax.jit(pack_rows)(jnp.asarray(ids))
     edges = [(b * 6 + s) for b in range(len(rows)) for s in range(6) if s == 0 or ids[b, s] != ids[b, s - 1]]
     starts, lengths = np.asarray(packed.starts).reshape(-1), np.asarray(packed.lengths).reshape(-1)
     assert starts[: len(edges)].tolist() == edges and (starts[len(edges) :] == ids.size).all()

@@ -7,7 +7,8 @@ import pytest
 from jaxtyping import Array
 
 from grug_native.attention import Mask
-from grug_native.language_model import LanguageModel, logits
+from grug_native.language_model import LanguageModel
+from grug_native.language_model import logits as logits_of
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, forward_terms
 
@@ -18,6 +19,9 @@ TERMS = forward_terms(SMALL_MODEL, 32)
 def model() -> LanguageModel:
     """Weights large enough that the logits differ by more than rounding."""
     return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, SMALL_MODEL.init(key=jax.random.key(1)))
+
+
+logits = eqx.filter_jit(logits_of)
 
 
 @eqx.filter_jit

@@ -5,7 +5,7 @@ from jaxtyping import Array
 
 from grug_native.kernels.backend import Backend
 from grug_native.kernels.choices import noted_choices
-from grug_native.layers import RematName, resolve_remat, resolve_scan, through_layers, to_logits
+from grug_native.layers import LayerState, PerLayer, RematName, resolve_remat, resolve_scan, through_layers, to_logits
 from grug_native.metrics import parameter_counts
 from grug_native.model import MODEL_PRESETS, activation_bytes
 from tests.accelerators import CPU, HOPPER, TPU
@@ -71,6 +71,25 @@ def test_layers_are_applied_in_order_and_their_outputs_stacked(scan: bool, remat
     x, outputs = through_layers(apply, jnp.ones((1, 1, 1)), weights, scan=scan, remat=remat)
     assert x.item() == 3 * (2 + 1) + 5
     assert outputs["mean"].tolist() == [3, 14]
+
+
+class Seen(LayerState):
+    total: Array
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_states_go_from_call_to_call_and_are_stacked_by_a_scan_only(scan: bool) -> None:
+    def apply(x: Array, layer: tuple[Array, Seen]) -> tuple[Array, tuple[Seen, Array]]:
+        weight, seen = layer
+        return weight * x, (Seen(seen.total + x.sum()), weight)
+
+    weights, states = jnp.array([2.0, 3.0]), Seen(jnp.zeros(2))
+    for _ in range(2):
+        x, (states, stacked) = through_layers(apply, jnp.ones((1, 1, 1)), (weights, states), scan=scan, remat="none")
+        assert x.item() == 6
+        assert stacked.tolist() == [2, 3]
+    assert isinstance(states, Seen if scan else PerLayer)
+    assert jnp.array(jax.tree.leaves(states)).ravel().tolist() == [2, 4]
 
 
 def test_logits_in_f32_have_the_gradient_of_a_plain_product() -> None:

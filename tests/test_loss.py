@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import equinox as eqx
 import jax
@@ -38,9 +39,10 @@ def model() -> Transformer:
     return jax.tree.map(lambda w: 3 * w, Transformer.init(SMALL_MODEL, key=jax.random.key(0)))
 
 
+@cache
 def loss_of(name: CrossEntropyName) -> LossOf:
     """The loss alone, by an implementation."""
-    return lambda model, batch, **settings: next_token_loss(model, batch, cross_entropy=name, **settings)[0]
+    return eqx.filter_jit(lambda model, batch, **given: next_token_loss(model, batch, cross_entropy=name, **given)[0])
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(model: Transformer, batch: GrugLmExample, z_loss_weight: float) -> float:
-    logits = np.asarray(logits_of(model, batch.tokens, batch.attn_mask), np.float64)[:, :-1]
+    logits = np.asarray(eqx.filter_jit(logits_of)(model, batch.tokens, batch.attn_mask), np.float64)[:, :-1]
     log_z = np.log(np.exp(logits).sum(-1))
     labels = np.asarray(batch.tokens)[:, 1:]
     picked = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
@@ -134,7 +136,7 @@ def test_in_bf16_the_gradient_of_a_common_token_adds_up() -> None:
 @pytest.mark.parametrize("name", ["full", "blockwise"])
 def test_per_token_losses_add_up_to_the_loss(name: CrossEntropyName, model: Transformer) -> None:
     batch = make_batch()
-    nats = per_token_loss(model, batch, cross_entropy=name)
+    nats = eqx.filter_jit(per_token_loss)(model, batch, cross_entropy=name)
     mean = (nats * batch.loss_weight).sum() / batch.loss_weight.sum()
     assert_close(mean, loss_of(name)(model, batch), terms=LOSS_TERMS)
     with jax.set_mesh(create_mesh(4)):

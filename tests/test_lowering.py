@@ -14,9 +14,15 @@ from jaxtyping import Array
 
 from grug_native.attention import AttentionName
 from grug_native.evaluation.bits_per_byte import TokenBytes
-from grug_native.evaluation.generate import _generate  # pyright: ignore[reportPrivateUsage] (compiled function)
-from grug_native.evaluation.perplexity import _position_losses  # pyright: ignore[reportPrivateUsage] (compiled function)
-from grug_native.evaluation.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] (compiled function)
+from grug_native.evaluation.drawing import Sampling, rule_of
+from grug_native.evaluation.generate import (
+    _extend,  # pyright: ignore[reportPrivateUsage] - it is lowered
+    _gathered,  # pyright: ignore[reportPrivateUsage] - it is lowered
+    _read_prompts,  # pyright: ignore[reportPrivateUsage] - it is lowered
+    _Texts,  # pyright: ignore[reportPrivateUsage] - its arguments
+)
+from grug_native.evaluation.perplexity import _position_losses  # pyright: ignore[reportPrivateUsage] - it is lowered
+from grug_native.evaluation.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] - it is lowered
 from grug_native.kernels.backend import Backend
 from grug_native.model import GrugModelConfig, RematName, Transformer
 from grug_native.optimizer import AdamWConfig, GrugOptimizer, MuonConfig, OptimizerConfig
@@ -147,11 +153,23 @@ def test_evaluation_and_scorer_lower(device: Backend, mesh: str) -> None:
             assert KERNEL_CALLS["tpu_splash" if device == TPU else "cudnn"] in text
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("device", [HOPPER, TPU], ids=["gpu", "tpu"], indirect=True)
-def test_the_sampler_lowers(device: Backend) -> None:
-    def generate(params: Transformer, tokens: Array, number: Array, key: Array) -> object:
-        temperature = number.astype(jnp.float32)
-        return _generate(params, tokens, number, number, temperature, number, key, 64, 5, "bfloat16")
+def test_the_sampler_lowers(device: Backend, mesh: str) -> None:
+    rule, knobs = rule_of(Sampling(top_k=5, top_p=0.9)), (jnp.float32(1.0), jnp.float32(0.9))
 
-    params = eqx.filter_eval_shape(Transformer.init, MODEL, key=jax.random.key(0))
-    assert text_of(device, generate, params, jnp.zeros((1, 64), jnp.int32), jnp.asarray(1), jax.random.key(0))
+    def generate(params: Transformer, tokens: Array, *of_texts: Array) -> object:
+        texts = _Texts(*of_texts)
+        weights = _gathered(params, "bfloat16")
+        state, _ = _read_prompts(weights, tokens, texts, knobs, rule=rule, room=64, dtype="bfloat16")
+        return _extend(weights, state, texts.most > 0, texts, knobs, rule=rule)
+
+    with jax.set_mesh(mesh_of(mesh)):
+        params = abstract_state(MODEL, GrugOptimizer(ADAMW, 10)).params
+        tokens = abstract_batch(mesh, packed=False).tokens
+        of_texts = [
+            jax.ShapeDtypeStruct(tokens.shape[:1], dtype, sharding=batch_sharding(mesh_of(mesh)))
+            for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.uint32)
+        ]
+        text = text_of(device, generate, params, tokens, *of_texts)
+    assert KERNEL_CALLS["tpu_splash" if device == TPU else "cudnn"] in text

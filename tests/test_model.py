@@ -50,13 +50,14 @@ def test_logits_and_loss_equal_levanters_llama(name: str, mask: str) -> None:
     batch = with_mask(make_batch(3), mask)
     llama = to_llama(model)
     example = named_lm_example_from_grug(batch, Axis("position", 32), batch_axis="batch")
-    theirs = llama(example.tokens, example.attn_mask).rearrange(("batch", "position", "vocab")).array
+    theirs = eqx.filter_jit(llama)(example.tokens, example.attn_mask).rearrange(("batch", "position", "vocab")).array
     config = VARIANTS[name]
-    assert_close(logits_of(model, batch.tokens, batch.attn_mask), theirs, terms=forward_terms(config, 32))
-    their_loss = llama.compute_next_token_loss(example)
+    ours = eqx.filter_jit(logits_of)(model, batch.tokens, batch.attn_mask)
+    assert_close(ours, theirs, terms=forward_terms(config, 32))
+    their_loss = eqx.filter_jit(lambda llama: llama.compute_next_token_loss(example))(llama)
     assert isinstance(their_loss, jax.Array | hax.NamedArray)
     their_mean = np.asarray(getattr(their_loss, "array", their_loss))
-    assert_close(next_token_loss(model, batch)[0], their_mean, terms=loss_terms(config, 128, 32))
+    assert_close(eqx.filter_jit(next_token_loss)(model, batch)[0], their_mean, terms=loss_terms(config, 128, 32))
 
 
 def test_no_position_sees_a_later_token_or_another_document() -> None:
@@ -70,7 +71,7 @@ def test_no_position_sees_a_later_token_or_another_document() -> None:
 
     # Distinct tokens, so that each position has an embedding row of its own.
     batch = GrugLmExample(jnp.arange(32)[None], batch.loss_weight, batch.attn_mask)
-    reach = np.abs(jax.jacobian(lambda e: logits(e).sum(-1))(model.embed[:32])).sum(-1)
+    reach = np.abs(jax.jit(jax.jacobian(lambda e: logits(e).sum(-1)))(model.embed[:32])).sum(-1)
     allowed = (np.arange(32)[:, None] >= np.arange(32)[None, :]) & (segments[:, None] == segments[None, :])
     assert np.all(reach[~allowed] == 0)
     assert np.all(reach[allowed] > 0)
@@ -175,3 +176,20 @@ def test_recomputing_more_holds_less() -> None:
 
     names: tuple[RematName, ...] = ("none", "dots", "full")
     assert sorted(names, key=working, reverse=True) == list(names)
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    tied = Transformer.init(replace(SMALL_MODEL, tie_embeddings=True), key=jax.random.key(1))
+    untied = Transformer(
+        embed=tied.embed, blocks=tied.blocks, final_norm=tied.final_norm, lm_head=tied.embed.T, config=SMALL_MODEL
+    )
+    batch = make_batch()
+    one, other = (logits_of(model, batch.tokens, batch.attn_mask) for model in (tied, untied))
+    np.testing.assert_array_equal(one, other)
+    assert len(jax.tree.leaves(tied)) == len(jax.tree.leaves(untied)) - 1
+    assert tied.flops_per_token(32) == untied.flops_per_token(32)
+    gradient_of = jax.jit(jax.grad(lambda m: next_token_loss(m, batch)[0]))
+    with jax.set_mesh(create_mesh([4], MeshAxes(data=2, model=2))):
+        of_mesh = gradient_of(jax.jit(lambda: Transformer.init(tied.config, key=jax.random.key(1)))())
+    gradient = gradient_of(tied)
+    assert_trees_close(of_mesh, gradient, terms=gradient_terms(tied.config, 128, 32))

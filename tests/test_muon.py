@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,11 @@ SLOPE = 3.4445
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 100))
+@given(st.sampled_from((1, 4, 12)), st.sampled_from((1, 5, 12)), st.integers(0, 100))
 def test_orthogonalize_keeps_singular_vectors_and_evens_values(rows: int, columns: int, seed: int) -> None:
     matrix = np.asarray(jax.random.normal(jax.random.key(seed), (rows, columns)), np.float64)
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
-    result = np.asarray(orthogonalize(jnp.asarray(matrix, jnp.float32), steps=5))
+    result = np.asarray(jax.jit(partial(orthogonalize, steps=5))(jnp.asarray(matrix, jnp.float32)))
     mapped = u.T @ result @ vt.T
     off = mapped - np.diag(np.diag(mapped))
     # Of a value near 0, the first step and its rounding grow by the polynomial's slope, step by step.

@@ -83,6 +83,7 @@ def test_a_groups_own_rate_and_betas_are_those_of_an_optimizer_of_its_own() -> N
     )
     params = drawn()
 
+    @eqx.filter_jit
     def third_update(config: AdamWConfig) -> Transformer:
         optimizer = GrugOptimizer(config, 10)
         state, updates = optimizer.init(params), params
@@ -93,7 +94,7 @@ def test_a_groups_own_rate_and_betas_are_those_of_an_optimizer_of_its_own() -> N
 
     plain = replace(grouped, head=GroupConfig())
     ours, of_head, of_rest = third_update(grouped), third_update(alone), third_update(plain)
-    assert_close(ours.lm_head, of_head.lm_head, terms=10)
+    assert_close(ours.head, of_head.head, terms=10)
     assert_trees_close(ours.blocks, of_rest.blocks, terms=10)
 
 
@@ -138,9 +139,10 @@ def test_adamw_equals_optax() -> None:
     grads = jax.tree.map(jnp.cos, params)
     ours, theirs = GrugOptimizer(config, 10), optax.adamw(0.01, b2=0.95, weight_decay=0.1, mask=decays)
     state, their_state = ours.init(params), theirs.init(params)
+    update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
     for _ in range(3):
-        updates, state = ours.update(grads, state, params)
-        expected, their_state = theirs.update(grads, their_state, params)
+        updates, state = update(grads, state, params)
+        expected, their_state = their_update(grads, their_state, params)
         # 1 - beta2 of the bias correction is rounded as the 1 is.
         assert_trees_close(updates, expected, terms=10)
 
@@ -152,8 +154,8 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     clipped, free = GrugOptimizer(config, 10), GrugOptimizer(replace(config, max_grad_norm=None), 10)
     size = sum(w.size for w in jax.tree.leaves(params))
     scaled = jax.tree.map(lambda w: jnp.full_like(w, size**-0.5), params)
-    a, _ = clipped.update(big, clipped.init(params), params)
-    b, _ = free.update(scaled, free.init(params), params)
+    a, _ = jax.jit(clipped.update)(big, clipped.init(params), params)
+    b, _ = jax.jit(free.update)(scaled, free.init(params), params)
     assert_close(a.embed, b.embed, terms=10)
 
 

@@ -25,7 +25,7 @@ OLD: dict[str, Any] = {
 
 def test_an_old_config_says_the_same_in_todays_fields() -> None:
     new = upgraded(OLD)
-    assert new["model"] == {"type": "transformer", "vocab_size": 300}
+    assert new["model"] == {"type": "transformer", "vocab_size": 300, "tie_embeddings": False}
     assert new["trainer"] == {"num_train_steps": 8, "cross_entropy": "full"}
     optimizer = new["optimizer"]
     assert optimizer["schedule"] == {"shape": "wsd", "warmup": 5, "decay": 0.25, "min_lr_ratio": 0.0}

@@ -14,10 +14,11 @@ from rich.console import Console
 from grug_native.checkpoint.metadata import NoUsableCheckpointError
 from grug_native.components import RunParts
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig
+from grug_native.data.sketch import DataSketch
 from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.host.process import GPU_FLAGS
 from grug_native.optimizer import MuonConfig
-from grug_native.plan import DataSketch, build_plan, tokenizer_size
+from grug_native.plan import build_plan, tokenizer_size
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
@@ -94,6 +95,19 @@ def test_on_a_gpu_it_names_what_is_chosen_there(tmp_path: Path) -> None:
     assert choices["compute dtype"].name == "bfloat16"
     assert "beside the state" in choices["recomputed"].reason
     assert choices["XLA flag"].name in GPU_FLAGS
+
+
+def test_the_passes_of_a_batch_are_said(tmp_path: Path) -> None:
+    def microbatch(plan: RunPlan) -> tuple[str, str]:
+        return next((choice.name, choice.reason) for choice in plan.choices if choice.what == "microbatch")
+
+    asked = plan_of(sketched(tmp_path, microbatch_size=4))
+    assert microbatch(asked) == ("4", "asked for by the config: 2 passes a step")
+    assert any("added up over devices once a step" in choice.name for choice in asked.choices)
+    runner = GrugRunner(sketched(tmp_path, microbatch_size="auto"))
+    assert microbatch(runner.plan())[0] == "auto"
+    name, reason = microbatch(runner.plan(compile=True))
+    assert name == "8" and "does not tell how much memory" in reason
 
 
 def test_it_prints_as_a_table(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments.speedrun.grugformer_20260129 import grugformer_speedrun as speedrun
 from grug_native import MODEL_PRESETS
 from grug_native.cli import main as cli
 from grug_native.host.signals import ExitCode
-from tests.fixtures_data import make_text
+from tests.fixtures_data import make_text, write_rolling_task
 from tests.fixtures_run import without_runtime_types
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +36,9 @@ SHORTENED = {
     ),
     "uv run grug train --config_path runs/my_folder --output_path runs/longer --trainer.num_train_steps 2000": (
         "--trainer.num_train_steps 4"
+    ),
+    "uv run grug train --text my_folder/ --name continued --init_from my_model": (
+        "--trainer.num_train_steps 2 --eval.max_eval_batches 1 --eval.sample_tokens 4"
     ),
     "uv run python -m tests.faults.soak --kills 50": "--help",  # its parts are what tests/faults/test_kills.py runs
 }
@@ -80,18 +82,7 @@ def folder(embedded_corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "blimp").mkdir()
     pair = {"sentence_good": "grug brain say", "sentence_bad": "say grug brain"}
     (folder / "blimp" / "order.jsonl").write_text(f"{json.dumps(pair)}\n" * 2)
-    (folder / "documents.jsonl").write_text('{"text": "grug brain say"}\n' * 2)
-    task = {
-        "task": "rolling",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}},
-        "test_split": "test",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    }
-    (folder / "my_task.yaml").write_text(yaml.safe_dump(task))
+    write_rolling_task(folder).rename(folder / "my_task.yaml")
     small = replace(MODEL_PRESETS["tiny"], vocab_size=1024, hidden_dim=32, intermediate_dim=64, num_layers=1)
     with pytest.MonkeyPatch.context() as patch, without_runtime_types():
         patch.setitem(MODEL_PRESETS, "tiny", replace(small, num_heads=2, num_kv_heads=2, max_seq_len=64))

@@ -44,7 +44,7 @@ def test_what_is_saved_by_hand_is_restored_and_goes_on(make_run: MakeRun) -> Non
     assert_equal(other.restore(1), state)
     step, params = load_parameters(parts_of(other))
     assert step == 1
-    np.testing.assert_array_equal(llama(params).lm_head, llama(state.params).lm_head)
+    np.testing.assert_array_equal(llama(params).head, llama(state.params).head)
     _, averaged = load_parameters(parts_of(other), 1, ema=True)
     assert state.ema_params is not None
     np.testing.assert_array_equal(llama(averaged).embed, llama(state.ema_params).embed)

@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path) -> N
 def wandb_records(path: Path) -> Iterator[Record]:
     """Reads wandb's file: LevelDB's log format, records in pieces in blocks of 32 KiB."""
     data, at, pieces = path.read_bytes(), 7, b""
-    while at < len(data):
+    while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no room for a header: padding
             at += 32768 - at % 32768
             continue
@@ -207,6 +208,9 @@ def test_wandb_offline_keeps_the_run_and_uploads_no_code(tmp_path: Path, monkeyp
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     steps: list[list[int]] = []
     for file in files:
+        deadline = time.monotonic() + 30  # Its own process may still be writing.
+        while not any(record.HasField("exit") for record in wandb_records(file)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         records = list(wandb_records(file))
         assert {record.run.run_id for record in records if record.HasField("run")} == {"run-7"}
         steps.append([record.history.step.num for record in records if record.HasField("history")])

@@ -14,11 +14,11 @@ import pytest
 from jaxtyping import Array
 
 from experiments.variants.modded import ModdedConfig
-from experiments.variants.moe import MixtureConfig
 from experiments.variants.own_optimizer import NorMuonConfig
 from grug_native.attention import Mask, with_window
 from grug_native.config import load_config
-from grug_native.evaluation.generate import generate
+from grug_native.evaluation.drawing import Sampling
+from grug_native.evaluation.generate import Prompt, Sampler, generate, sampler_of
 from grug_native.evaluation.scoring import Request, Scorer
 from grug_native.kernels.backend import Backend
 from grug_native.language_model import (
@@ -39,23 +39,9 @@ from grug_native.state import GrugTrainState, init_train_state
 from grug_native.train import GrugStepConfig, PlainBatch, lower_train_step
 from tests.accelerators import HOPPER, PLATFORM, TPU, pretend
 from tests.faults.runs import NUM_STEPS, ForkServer, Run
-from tests.fixtures_run import SMALL_MODEL
+from tests.fixtures_run import SMALL_MIXTURE, SMALL_MODEL
 
 MODDED = ModdedConfig(vocab_size=300, hidden_dim=32, num_layers=2, num_heads=2, max_seq_len=32, window=8)
-MIXTURE = MixtureConfig(
-    vocab_size=300,
-    hidden_dim=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    max_seq_len=32,
-    expert_dim=16,
-    shared_dim=24,
-    num_experts=4,
-    router_z_weight=1e-3,
-)
-
-
 ADAMW = AdamWConfig(learning_rate=1e-2)
 
 
@@ -69,7 +55,7 @@ class Variant:
 VARIANTS = {
     "transformer": Variant(),
     "modded": Variant(MODDED),
-    "moe": Variant(MIXTURE, axes=MeshAxes(data=2, expert=2)),
+    "moe": Variant(SMALL_MIXTURE, axes=MeshAxes(data=2, expert=2)),
     "own_optimizer": Variant(optimizer=NorMuonConfig(learning_rate=1e-2)),
 }
 
@@ -83,7 +69,10 @@ SWITCHES: dict[str, ModelConfig] = {
         for qk, cap, tied in ((True, 15.0, False), (False, None, True), (True, None, True), (False, 15.0, False))
     },
     "modded wide window": replace(MODDED, window=20),
-    **{f"moe {k} of {e}": replace(MIXTURE, num_experts=e, experts_per_token=k) for k, e in ((1, 4), (2, 4), (3, 3))},
+    **{
+        f"moe {k} of {e}": replace(SMALL_MIXTURE, num_experts=e, experts_per_token=k)
+        for k, e in ((1, 4), (2, 4), (3, 3))
+    },
 }
 
 
@@ -254,6 +243,21 @@ def test_all_numbers_come_from_one_function(name: str) -> None:
     np.testing.assert_allclose([score.log_likelihood for score in scores], own.sum(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.optimizer == ADAMW])
+def test_texts_of_a_batch_are_those_of_one_at_a_time(name: str) -> None:
+    params, rng = _larger(VARIANTS[name].model), np.random.default_rng(0)
+    # Longer than the window, and with padding before all but one.
+    ids = [rng.integers(0, 300, length).tolist() for length in (5, 16, 1, 11, 9)]
+    prompts = [Prompt(own, 12, Sampling(temperature=0.0)) for own in ids]
+    found = sampler_of(params, batch_size=8).draw(prompts)
+    assert found == sampler_of(params).draw(prompts)
+    rows = [own + new for own, new in zip(ids, found, strict=True)]
+    full = np.asarray(_logits(params, jnp.asarray([row + (32 - len(row)) * [0] for row in rows]))).argmax(-1)
+    assert found == [table[len(own) - 1 :][:12].tolist() for own, table in zip(ids, full, strict=True)]
+    with jax.set_mesh(mesh := create_mesh(4, VARIANTS[name].axes)):
+        assert Sampler(jax.jit(shard_parameters)(params), mesh, 8).draw(prompts) == found
+
+
 def _evaluated(params: LanguageModel, batch: PlainBatch) -> tuple[Array, LanguageModel, Array]:
     (loss, _), grads = jax.value_and_grad(lambda p: next_token_loss(p, batch, cross_entropy="full"), has_aux=True)(
         params
@@ -268,7 +272,7 @@ def _updated(optimizer: GrugOptimizer, grads: LanguageModel, params: LanguageMod
 
 @pytest.mark.parametrize("axes", [MeshAxes(expert=4), MeshAxes(data=2, expert=2), MeshAxes(data=1, expert=2, model=2)])
 def test_a_mesh_changes_neither_experts_nor_normuon(axes: MeshAxes) -> None:
-    params = _larger(MIXTURE)
+    params = _larger(SMALL_MIXTURE)
     tokens = jax.random.randint(jax.random.key(2), (4, 32), 0, 300)
     batch = PlainBatch(tokens, jnp.ones(tokens.shape).at[:, -1].set(0.0), Mask())
     optimizer = GrugOptimizer(NorMuonConfig(), 10)

@@ -2,7 +2,7 @@
 
 Our compiled step against `torch.compile` at two sizes, on rows of one document and on packed rows of three to nine, in
 bf16. It needs a GPU, and an interpreter with torch (`--torch-python`; by default the one that runs this). It needs no
-network, and of our dependencies jax, equinox, optax, jaxtyping and beartype. What fits in memory together is started
+network, and of our dependencies jax, equinox, optax and jaxtyping. What fits in memory together is started
 side by side, and takes turns; the rest is started one after the other, and its row says so. Printed for each:
 
 - the time of a step, tokens/s, and MFU by both counts of attention (the whole square, and half of it);
@@ -41,7 +41,7 @@ from experiments.benchmarks.peers.worker import (
     run_module,
 )
 
-NEEDED = ("jax", "equinox", "optax", "jaxtyping", "beartype", "numpy")
+NEEDED = ("jax", "equinox", "optax", "jaxtyping", "numpy")
 NAMES = ("ours_step", "torch_compile")
 GIB = {"G-124M": 14.0, "G-1.3B": 62.0}
 """Of the device, with some to spare, for a contender of a shape; measured were 9 and 56."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from experiments.benchmarks.measure import Spread, interleave, seconds_of, show, spread, write_numbers
+from experiments.variants.recipe import RecipeConfig
 from grug_native import AdamWConfig, GrugModelConfig, GrugNativeRunConfig, GrugRunner, GrugTrainerConfig
 from grug_native.data.corpus import embedded_corpus
 from grug_native.language_model import ModelConfig
@@ -94,7 +95,7 @@ class Study:
 class Trial:
     """What sets a run apart."""
 
-    optimizer: AdamWConfig | MuonConfig
+    optimizer: AdamWConfig | MuonConfig | RecipeConfig
     steps: int
     """Updates, to the end of its schedule."""
     seed: int
@@ -106,8 +107,8 @@ class Trial:
         return _name_of(self.optimizer)
 
 
-def _name_of(optimizer: AdamWConfig | MuonConfig) -> str:
-    return "muon" if isinstance(optimizer, MuonConfig) else "adamw"
+def _name_of(optimizer: AdamWConfig | MuonConfig | RecipeConfig) -> str:
+    return type(optimizer).__name__.removesuffix("Config").lower()
 
 
 def changed[Config: AdamWConfig | MuonConfig](optimizer: Config, name: str, value: float) -> Config:
@@ -490,7 +491,7 @@ def _sweep(start: AdamWConfig | MuonConfig, ends: Mapping[Trial, float]) -> dict
     return dict(sorted(rates.items()))
 
 
-def _only_rate(one: AdamWConfig | MuonConfig, other: AdamWConfig | MuonConfig) -> bool:
+def _only_rate(one: AdamWConfig | MuonConfig | RecipeConfig, other: AdamWConfig | MuonConfig) -> bool:
     return replace(one, learning_rate=other.learning_rate) == other
 
 
@@ -512,7 +513,7 @@ def _label(trial: Trial) -> str:
     """The settings that are not the default ones."""
     own, default = asdict(trial.optimizer), asdict(type(trial.optimizer)())
     numbers, usual = own | own.pop("schedule"), default | default.pop("schedule")
-    settings = ", ".join(f"{name}={value:.4g}" for name, value in numbers.items() if value != usual[name])
+    settings = ", ".join(f"{name}={value}" for name, value in numbers.items() if value != usual[name])
     return f"{trial.name} {settings}; {trial.steps} steps, seed {trial.seed}"
 
 

@@ -100,7 +100,8 @@ def _weights(model: GrugModelConfig) -> Counter[tuple[int, ...]]:
     params = abstract_parameters(model)
     assert isinstance(params, Transformer)
     blocks = [leaf.shape[1:] for leaf in jax.tree.leaves(params.blocks)] * model.num_layers
-    return Counter(_sorted(shape) for shape in (params.embed.shape, params.lm_head.shape, *blocks) if len(shape) > 1)
+    ends = [leaf.shape for leaf in (params.embed, params.lm_head) if leaf is not None]
+    return Counter(_sorted(shape) for shape in (*ends, *blocks) if len(shape) > 1)
 
 
 def _sorted(dims: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ References:
     and windows in turn: Gemma 2 (arXiv 2408.00118). Together: github.com/KellerJordan/modded-nanogpt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import override
 
 import equinox as eqx
@@ -208,7 +208,7 @@ class Modded(LanguageModel):
         one = KeyValueCache.empty(
             config.num_layers // 2, batch, length, config.num_heads, config.hidden_dim // config.num_heads, dtype
         )
-        return KeyValueCache((one.layers, one.layers), one.segment_ids, one.length)
+        return replace(one, layers=(one.layers, one.layers))
 
     @override
     def flops_per_token(self, seq_len: int) -> FlopsPerToken:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from grug_native.host import light_imports
+
 if TYPE_CHECKING:
     from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, load_config, save_config
     from grug_native.data.corpus import embedded_corpus, local_text_data
@@ -75,6 +77,9 @@ _MODULES = {
     "state": ("GrugTrainState", "init_train_state"),
     "train": ("GrugStepConfig", "StepMetrics", "train_step"),
 }
+
+
+light_imports.install()
 
 
 def __getattr__(name: str) -> object:

@@ -199,18 +199,18 @@ def dense_mask(mask: AttentionMask, queries: range, keys: range) -> Bool[Array, 
 
 
 def attend(
-    q: Float[Array, "B S H E"], k: Float[Array, "B K N E"], v: Float[Array, "B K N E"], seen: Bool[Array, "#B S K"]
+    q: Float[Array, "B S H E"], k: Float[Array, "B N K E"], v: Float[Array, "B N K E"], seen: Bool[Array, "#B S K"]
 ) -> Float[Array, "B S H E"]:
-    """Softmax attention with grouped query heads, scores and softmax in f32.
+    """Softmax attention with grouped query heads, scores and softmax in f32. Keys and values have their heads first.
 
     References:
         Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries.
     """
-    grouped = _group_heads(q, k.shape[2])
-    scores = jnp.einsum("bsnge,bkne->bngsk", grouped, k, preferred_element_type=jnp.float32)
+    grouped = _group_heads(q, k.shape[1])
+    scores = jnp.einsum("bsnge,bnke->bngsk", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _merge_groups(jnp.einsum("bngsk,bkne->bsnge", weights, v))
+    return _merge_groups(jnp.einsum("bngsk,bnke->bsnge", weights, v))
 
 
 def reference_attention(
@@ -218,7 +218,7 @@ def reference_attention(
 ) -> Float[Array, "B S H E"]:
     """`attend` with all scores in memory at once."""
     positions = range(q.shape[1])
-    return attend(q, k, v, dense_mask(mask, positions, positions))
+    return attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), dense_mask(mask, positions, positions))
 
 
 def blocked_attention(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -11,13 +12,17 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from grug_native.config import GrugNativeRunConfig
+from grug_native.config import COSMETIC_FIELDS, GrugNativeRunConfig
 from grug_native.data.text_tokens import text_only
+from grug_native.fitting import compile_fitting, microbatch_sizes
+from grug_native.kernels.backend import current_backend
+from grug_native.kernels.choices import Choice
 from grug_native.loss import ComputeDtype
 from grug_native.metrics import Throughput, flops_per_token, peak_device_flops
+from grug_native.microbatches import check_microbatch_size
 from grug_native.optimizer import GrugOptimizer
-from grug_native.sharding import batch_sharding, create_mesh
-from grug_native.state import GrugTrainState, init_train_state
+from grug_native.sharding import batch_sharding, batch_shards, create_mesh
+from grug_native.state import GrugTrainState, init_train_state, start_train_state
 from grug_native.train import CompiledStep, GrugStepConfig, PlainBatch
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from grug_native.data.record import DataRecord
     from grug_native.evaluation.harness import GrugHarness
     from grug_native.evaluation.perplexity import TaggedEval
+    from grug_native.weights.config import InitFrom
+    from grug_native.weights.init_from import InitialParameters
 
 
 @final
@@ -41,6 +48,10 @@ class RunParts:
         """Takes what determines the parts; builds none of them."""
         self.config = config
         self.optimizer = optimizer
+        self.fitted: dict[int, Choice] = {}
+        """With `microbatch_size=auto`, what was chosen for each size of batch that has been compiled."""
+        self.origin: InitFrom | None = None
+        """What the parameters of the last initial state were loaded from; None if they were drawn."""
         self._steps: dict[int, CompiledStep] = {}
         self._compiling = threading.Lock()
 
@@ -49,10 +60,13 @@ class RunParts:
         """The device mesh.
 
         Raises:
-            ValueError: if batch sizes do not divide over it.
+            ValueError: if batch sizes, or that of a microbatch, do not divide over it.
         """
         trainer = self.config.trainer
-        return create_mesh([size for _, size in trainer.batch_stages], trainer.mesh)
+        mesh = create_mesh([size for _, size in trainer.batch_stages], trainer.mesh)
+        if isinstance(trainer.microbatch_size, int):
+            check_microbatch_size(trainer.microbatch_size, trainer.batch_size_at(0), batch_shards(mesh))
+        return mesh
 
     @cached_property
     def step_config(self) -> GrugStepConfig:
@@ -65,13 +79,41 @@ class RunParts:
             compute_dtype=dtype if trainer.compute_dtype == "auto" else trainer.compute_dtype,
             cross_entropy=trainer.cross_entropy,
             watch_every=trainer.watch_every,
+            microbatch_size=None if trainer.microbatch_size == "auto" else trainer.microbatch_size,
             skip_nonfinite=trainer.nonfinite == "skip",
         )
 
     def init_state(self) -> GrugTrainState:
-        """Draws the state of step 0 on the mesh."""
+        """Makes the state of step 0 on the mesh, of fresh parameters or of those of `trainer.init_from`."""
+        trainer, initial = self.config.trainer, self.initial_parameters
         with jax.set_mesh(self.mesh):
-            return self._draw_state()
+            if initial is None:
+                return self._draw_state()
+            params, self.origin = initial.load()
+            key = jax.random.key(trainer.seed)
+            return start_train_state(params, self.optimizer, key=key, ema=trainer.ema_beta is not None)
+
+    @cached_property
+    def initial_parameters(self) -> "InitialParameters | None":
+        """What `trainer.init_from` names, found to fit; None if it names nothing.
+
+        Raises:
+            ValueError: if it does not fit, or cannot be read.
+            DamagedCheckpointError: if it is a damaged checkpoint.
+        """
+        config, trainer = self.config, self.config.trainer
+        if trainer.init_from is None:
+            return None
+        from grug_native.weights.init_from import InitialParameters
+
+        return InitialParameters(
+            trainer.init_from,
+            config.model,
+            self.state_shape.params,
+            tokenizer=config.data.tokenizer,
+            free=COSMETIC_FIELDS,
+            allowed=trainer.allow_changes,
+        )
 
     def _draw_state(self) -> GrugTrainState:
         trainer = self.config.trainer
@@ -95,26 +137,45 @@ class RunParts:
         self.optimizer.routing(shape.params)
         return jax.tree.map(on_mesh, shape)
 
+    @property
+    def largest_batch(self) -> int:
+        """Sequences of the largest batch of the run."""
+        return max(size for _, size in self.config.trainer.batch_stages)
+
     def batch_shape(self, sequences: int | None = None) -> PlainBatch:
         """A batch as abstract arrays on the mesh, by default the largest of the run."""
         config = self.config
         return PlainBatch.abstract(
-            max(size for _, size in config.trainer.batch_stages) if sequences is None else sequences,
+            self.largest_batch if sequences is None else sequences,
             config.seq_len,
             packed=config.data.block_cross_document_attention,
             sharding=batch_sharding(self.mesh),
         )
 
     def compiled_step(self, sequences: int | None = None) -> CompiledStep:
-        """The train step for batches of so many sequences, by default the largest: compiled once for each size."""
-        size = max(size for _, size in self.config.trainer.batch_stages) if sequences is None else sequences
+        """The train step for batches of so many sequences, by default the largest: compiled once for each size.
+
+        Raises:
+            ValueError: if the microbatches are to fit, and no size does.
+        """
+        size = self.largest_batch if sequences is None else sequences
         with self._compiling:
             if size not in self._steps:
                 with jax.set_mesh(self.mesh):
-                    self._steps[size] = CompiledStep(
-                        self.optimizer, self.state_shape, self.batch_shape(size), self.step_config
-                    )
+                    self._steps[size] = self._compile(size)
             return self._steps[size]
+
+    def _compile(self, sequences: int) -> CompiledStep:
+        batch, config = self.batch_shape(sequences), self.step_config
+        if self.config.trainer.microbatch_size != "auto":
+            return CompiledStep(self.optimizer, self.state_shape, batch, config)
+
+        def compile(size: int) -> CompiledStep:
+            return CompiledStep(self.optimizer, self.state_shape, batch, replace(config, microbatch_size=size))
+
+        sizes = microbatch_sizes(sequences, batch_shards(self.mesh))
+        step, self.fitted[sequences] = compile_fitting(compile, sizes, current_backend())
+        return step
 
     def compile_ahead(self, sequences: int) -> Future[CompiledStep]:
         """Begins to compile the train step beside what comes next, which reads files and waits."""
@@ -273,6 +334,8 @@ def load_tokenizer(data: "LmDataConfig") -> "MarinTokenizer":
             "tokenizer asks for it), give the folder of a tokenizer.json, or train on a local corpus, which brings its "
             "own: with the speedrun, --data local or --data FOLDER"
         ) from error
+    except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
+        raise ValueError(f"data.tokenizer={name!r} holds no tokenizer that can be read: {error}") from error
 
 
 def check_tokenizer(name: str) -> None:

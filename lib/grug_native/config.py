@@ -18,6 +18,7 @@ from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.host.run_folder import CONFIG_FILE, fsync, is_bucket, validate_run_id
 from grug_native.language_model import ModelConfig
 from grug_native.loss import CrossEntropyName
+from grug_native.microbatches import check_microbatch_size
 from grug_native.optimizer import OptimizerConfig
 from grug_native.parsing.check import check_data, checked, decode, no_mapping
 from grug_native.parsing.named_types import decode_named, encode_named
@@ -26,6 +27,7 @@ from grug_native.parsing.overrides import overridden
 from grug_native.sharding import MeshAxes
 from grug_native.tracking.profile import profile_window
 from grug_native.types import check_seed
+from grug_native.weights.config import InitFrom, spelled_out
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
@@ -49,10 +51,16 @@ class GrugTrainerConfig:
     """Updates of the whole run; the learning-rate schedule ends there."""
     train_batch_size: int | tuple[tuple[int, int], ...]
     """Sequences per step over all devices; or a schedule, pairs of (first step, sequences), the first at step 0."""
+    microbatch_size: int | Literal["auto"] | None = None
+    """Sequences, over all devices, of one forward and backward pass, where a batch takes more memory than there is: a
+    step is the update of the whole batch all the same. `auto`: as many as fit; null: the batch in one pass."""
     train_seq_len: int | None = None
     """Tokens of a sequence; None means `model.max_seq_len`."""
     seed: int = 0
     """Seed of the initial parameters."""
+    init_from: InitFrom | None = None
+    """Parameters to start with in place of fresh ones, by `source` (or text, which is that) and its other fields; used
+    where the run has no checkpoint yet. None draws them."""
     data_seed: int | None = None
     """Seed of the shuffling and of the mixture's order; None means `seed`."""
     ema_beta: float | None = None
@@ -111,16 +119,13 @@ class GrugTrainerConfig:
             raise ValueError(f"trainer.temporary_root={self.temporary_root!r} must be a URL, gs://... or s3://...")
         if self.data_seed is not None:
             check_seed("trainer.data_seed", self.data_seed)
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps} must not be negative")
         if self.train_seq_len is not None and self.train_seq_len < 2:
-            raise ValueError(
-                f"trainer.train_seq_len={self.train_seq_len} must be at least 2: one token predicts the next"
-            )
+            raise ValueError(f"trainer.train_seq_len={self.train_seq_len} must be at least 2: one predicts the next")
         if self.ema_beta is not None and not 0 <= self.ema_beta < 1:
             raise ValueError(f"trainer.ema_beta={self.ema_beta} must lie in [0, 1), or be null for no moving average")
-        if self.z_loss_weight < 0:
-            raise ValueError(f"trainer.z_loss_weight={self.z_loss_weight} must not be negative")
+        for name in ("z_loss_weight", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
         for name, known in (
             ("compute_dtype", get_args(ComputeDtypeName)),
             ("cross_entropy", get_args(CrossEntropyName)),
@@ -135,8 +140,11 @@ class GrugTrainerConfig:
                 f"trainer.train_batch_size={self.train_batch_size} must be pairs of (first step, sequences), "
                 "the first at step 0 and each later than the one before"
             )
-        if any(size <= 0 for _, size in self.batch_stages):
-            raise ValueError(f"trainer.train_batch_size={self.train_batch_size} must be positive")
+        for _, size in self.batch_stages:
+            if size <= 0:
+                raise ValueError(f"trainer.train_batch_size={self.train_batch_size} must be positive")
+            if isinstance(self.microbatch_size, int):
+                check_microbatch_size(self.microbatch_size, size)
 
     @property
     def batch_stages(self) -> tuple[tuple[int, int], ...]:
@@ -211,6 +219,8 @@ COSMETIC_FIELDS = (
         f"trainer.{name}"
         for name in (
             "mesh",
+            "init_from",
+            "microbatch_size",
             "log_every",
             "watch_every",
             "cross_entropy",
@@ -267,7 +277,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> GrugNativeRunConfig:
         section = raw.get(name, {})
         if not isinstance(section, Mapping) and (section is None or not is_dataclass(section)):
             raise no_mapping(name, section, f"with keys such as {keys}")
-    sections = checked(GrugNativeRunConfig, upgraded(raw))
+    sections = checked(GrugNativeRunConfig, spelled_out(upgraded(raw)))
     data, trainer = sections.get("data"), sections.get("trainer", {})
     if isinstance(data, Mapping):
         from levanter.data.text.datasets import LmDataConfig as LevanterDataConfig

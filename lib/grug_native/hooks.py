@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 
@@ -20,6 +20,9 @@ from grug_native.host.signals import StopRequestedError, leave_if_told_to_stop
 from grug_native.language_model import LanguageModel
 from grug_native.state import GrugTrainState
 from grug_native.tracking.jsonl import RunTracker
+
+if TYPE_CHECKING:
+    from grug_native.evaluation.perplexity import TaggedEval
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +41,24 @@ def evaluate_parameters(parts: RunParts, params: LanguageModel, *, ema: bool = F
     Raises:
         ValueError: if there are no validation sets.
     """
+    return _tagged(parts).evaluate(params, prefix="eval/ema" if ema else "eval")
+
+
+def evaluate_state(parts: RunParts, state: GrugTrainState) -> dict[str, float]:
+    """Evaluates a state's parameters, and their moving average as `config.eval` says.
+
+    Raises:
+        ValueError: if there are no validation sets.
+    """
+    _ = _tagged(parts)
+    assert parts.evaluation is not None
+    return parts.evaluation(state)
+
+
+def _tagged(parts: RunParts) -> "TaggedEval":
     if parts.tagged is None:
         raise ValueError("no component of the data config has a validation split: there is nothing to evaluate on")
-    return parts.tagged.evaluate(params, prefix="eval/ema" if ema else "eval")
+    return parts.tagged
 
 
 def harness_parameters(
@@ -94,11 +112,13 @@ def harness_parameters(
         return reports.metrics
 
 
-def sample_parameters(parts: RunParts, params: LanguageModel, prompt: str, **settings: Any) -> str:
-    """Continues a text with parameters of a run; see `grug_native.evaluation.generate.sample` for the settings."""
-    from grug_native.evaluation.generate import sample
+def sample_parameters(parts: RunParts, params: LanguageModel, prompts: Sequence[str], **settings: Any) -> list[str]:
+    """Continues texts with parameters of a run; see `grug_native.evaluation.sample.sample` for the settings."""
+    from grug_native.evaluation.generate import Sampler
+    from grug_native.evaluation.sample import sample
 
-    return sample(params, parts.tokenizer, prompt, compute_dtype=parts.step_config.compute_dtype, **settings)
+    sampler = Sampler(params, parts.mesh, parts.eval_batch_size, parts.step_config.compute_dtype)
+    return sample(sampler, parts.tokenizer, prompts, **settings)
 
 
 @final
@@ -191,10 +211,8 @@ class Evaluations:
 
     def _sample(self, state: GrugTrainState, step: int) -> None:
         config, parts = self._parts.config, self._parts
-        texts = [
-            sample_parameters(parts, state.params, prompt, max_new_tokens=config.eval.sample_tokens, seed=step)
-            for prompt in config.eval.sample_prompts
-        ]
+        prompts, most = config.eval.sample_prompts, config.eval.sample_tokens
+        texts = sample_parameters(parts, state.params, prompts, max_new_tokens=most, seed=step)
         path, heading = files_of(config.output_path) / SAMPLES_FILE, f"## Step {step}\n"
         if jax.process_index() != 0:
             return

@@ -8,6 +8,7 @@ whose weights say what they are where they stand,
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import equinox as eqx
@@ -15,14 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from grug_native.sharding import check_divides, reshard
+from grug_native.sharding import AxisName, check_divides, reshard
 from grug_native.types import AttentionMask
 
 ParameterKind = Literal["embedding", "head", "norm", "matrix"]
 """What a weight is to an optimizer. `norm` is for all that is neither a table nor a matrix: gains, biases, scalars."""
-
-type AxisName = str | tuple[str, ...] | None
-"""Mesh axes over which one axis of an array is split."""
 
 type Path = tuple[Any, ...]
 """Where a leaf stands in a pytree: `jax.tree_util` keys."""
@@ -83,6 +81,50 @@ class ModelConfig(Protocol):
         ...
 
 
+class HfForm(NamedTuple):
+    """A model as Hugging Face's libraries know it: what an export writes, and what `trainer.init_from` reads."""
+
+    config: Mapping[str, Any]
+    """Of `config.json`, all but what the tokenizer and the dtype add."""
+    tensors: Mapping[str, str]
+    """By the dotted path of each parameter the name of its tensor, `{}` in it for the layer of one that is stacked.
+    Matrices and heads are (in, out) here and (out, in) there."""
+    ignored: tuple[str, ...] = ()
+    """Endings of names of tensors that a folder may have besides, and that say nothing."""
+
+
+@runtime_checkable
+class HfModelConfig(Protocol):
+    """What a `ModelConfig` has besides, if its model can go to a Hugging Face folder and come from one."""
+
+    def to_hf(self) -> HfForm:
+        """The form of this model; a `ValueError` if these numbers have none."""
+        ...
+
+    def from_hf(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """The config that a `config.json` promises; it may be a static method, as nothing of this one counts.
+
+        Raises:
+            ValueError: names what of it this architecture does not have.
+        """
+        ...
+
+
+def hf_form(config: ModelConfig) -> HfForm:
+    """The Hugging Face form of a model.
+
+    Raises:
+        ValueError: if its architecture, or these numbers, have none; says what to write.
+    """
+    if not isinstance(config, HfModelConfig):
+        kind = type(config)
+        raise ValueError(
+            f"{kind.__module__}:{kind.__qualname__} has no form in Hugging Face's libraries: give the class to_hf() "
+            "and from_hf() as grug_native.model:GrugModelConfig has them, if an architecture there computes the same"
+        )
+    return config.to_hf()
+
+
 class LanguageModel(eqx.Module):
     """A causal language model: its weights are its leaves."""
 
@@ -114,7 +156,7 @@ class LanguageModel(eqx.Module):
 
     @abstractmethod
     def init_cache(self, batch: int, length: int, dtype: str) -> PyTree:
-        """An empty cache for `length` positions of `batch` sequences, its numbers in `dtype`."""
+        """An empty cache for `length` positions of `batch` sequences, its numbers in `dtype`, split as the batch is."""
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> FlopsPerToken:
@@ -201,6 +243,13 @@ def shard_parameters[Tree: PyTree](model: Tree) -> Tree:
         return reshard(leaf, *axes)
 
     return jax.tree.map_with_path(shard, model)
+
+
+def map_weights[Tree: PyTree](function: Callable[..., Array], model: Tree) -> Tree:
+    """`function(weight, *axes)` of each parameter, with the mesh axes of its axes."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: function(leaf, *parameter_axes(weight_at(model, path), leaf.ndim)), model
+    )
 
 
 def axis_sizes(model: PyTree, axis: str) -> set[int]:

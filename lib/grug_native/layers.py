@@ -1,6 +1,6 @@
 """What models are built of: norms, products and lookups that know the mesh, and layers stacked into one module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from grug_native.kernels.backend import Backend, current_backend
 from grug_native.kernels.choices import note_choice
 from grug_native.language_model import weight
-from grug_native.sharding import BATCH_AXES, explicit_mesh, out_sharding, unshard
+from grug_native.sharding import BATCH_AXES, explicit_mesh, is_gathered, out_sharding, unshard
 
 RematName = Literal["auto", "none", "dots", "full"]
 """What the backward pass recomputes: nothing, all but matrix products, or whole blocks; `auto` as memory allows."""
@@ -28,6 +28,20 @@ _USABLE_MEMORY = 0.85
 """Share of a device's memory; the rest is for the logits, a block's own work, and what fragments."""
 
 
+class LayerState(eqx.Module):
+    """What a layer hands to its next call, such as keys and values: a class of them derives from this one.
+
+    Those of layers that are applied one by one are kept apart and not stacked, so that a loop changes each where it
+    lies and copies none.
+    """
+
+
+class PerLayer(eqx.Module):
+    """The states of layers that are applied one by one."""
+
+    states: tuple[LayerState, ...]
+
+
 class RMSNorm(eqx.Module):
     """Root-mean-square normalisation, computed in f32.
 
@@ -39,8 +53,11 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"], *, eps: float) -> Float[Array, "*batch D"]:
         """Normalises each position; `eps` is added to the mean square."""
-        gain = self.weight.astype(jnp.float32).reshape(*(1 for _ in x.shape[1:]), -1)
-        return (rms_normalize(x.astype(jnp.float32), eps=eps) * gain).astype(x.dtype)
+        normalized, gain = rms_normalize(x.astype(jnp.float32), eps=eps), self.weight.astype(jnp.float32)
+        if is_gathered(gain):
+            # A product to JAX, which adds its gradient up later; XLA multiplies element by element all the same.
+            return jnp.einsum("...d,d->...d", normalized, gain).astype(x.dtype)
+        return (normalized * gain.reshape(*(1 for _ in x.shape[1:]), -1)).astype(x.dtype)
 
 
 def rms_normalize(x: Float[Array, "*batch D"], *, eps: float) -> Float[Array, "*batch D"]:
@@ -115,6 +132,24 @@ def project_back(
     return jnp.reshape(projected, like.shape, out_sharding=out_sharding(BATCH_AXES, None, None))
 
 
+class MLP(eqx.Module):
+    """SwiGLU feed-forward layer.
+
+    References:
+        Shazeer 2020 (arXiv 2002.05202).
+    """
+
+    gate: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    up: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
+    down: Float[Array, "F D"] = eqx.field(metadata=weight("matrix", "model", "data"))
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Transforms each position on its own."""
+        tokens = flatten_tokens(x)
+        gate, up = unshard(self.gate, None, "model"), unshard(self.up, None, "model")
+        return project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), self.down, x)
+
+
 def through_layers[Layer: PyTree, Out: PyTree](
     apply: Callable[[Array, Layer], tuple[Array, Out]],
     x: Float[Array, "B S D"],
@@ -128,12 +163,13 @@ def through_layers[Layer: PyTree, Out: PyTree](
     Args:
         apply: the residual stream and a layer to the next stream, and anything else.
         x: the residual stream.
-        layers: of which each leaf has a leading axis of layers.
+        layers: of which each leaf has a leading axis of layers; states may be those that an earlier call returned.
         scan: one compiled layer in a loop, or all of them one by one.
         remat: what the backward pass recomputes.
 
     Returns:
-        The last stream, and what else was returned, stacked over the layers.
+        The last stream, and what else was returned, stacked over the layers; but a `LayerState` becomes a `PerLayer`,
+        where the layers are applied one by one.
     """
     apply = _rematerialised(apply, remat)
     if scan:
@@ -143,15 +179,24 @@ def through_layers[Layer: PyTree, Out: PyTree](
     for layer in unstack(layers):
         x, output = apply(x, layer)
         outputs.append(output)
-    return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+    return x, jax.tree.map(_join, *outputs, is_leaf=lambda node: isinstance(node, LayerState))
+
+
+def _join(*of_layers: Array | LayerState) -> Array | PerLayer:
+    states = tuple(own for own in of_layers if isinstance(own, LayerState))
+    return PerLayer(states) if states else jnp.stack([own for own in of_layers if not isinstance(own, LayerState)])
 
 
 def unstack[Layer: PyTree](layers: Layer) -> list[Layer]:
     """The layers one by one. `lax.split` is used because its transpose is a single concatenation."""
-    leaves, treedef = jax.tree.flatten(layers)
-    count = leaves[0].shape[0]
-    pieces = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
-    return [jax.tree.unflatten(treedef, [piece[i][0] for piece in pieces]) for i in range(count)]
+    leaves, treedef = jax.tree.flatten(layers, is_leaf=lambda node: isinstance(node, PerLayer))
+
+    def cut(leaf: Array | PerLayer) -> Sequence[Array | LayerState]:
+        if isinstance(leaf, PerLayer):
+            return leaf.states
+        return [piece[0] for piece in jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0)]
+
+    return [jax.tree.unflatten(treedef, own) for own in zip(*map(cut, leaves), strict=True)]
 
 
 def _rematerialised[**P, T](apply: Callable[P, T], remat: RematName) -> Callable[P, T]:

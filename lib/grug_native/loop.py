@@ -33,8 +33,8 @@ from grug_native.host.fault_injection import fault_point
 from grug_native.host.run_folder import RESULTS_FILE
 from grug_native.host.signals import StopSignal
 from grug_native.host.streams import lasting_streams
-from grug_native.plan import build_plan
-from grug_native.resume import check_data_offset, check_steps
+from grug_native.plan import build_plan, starting_parameters
+from grug_native.resume import as_begun, check_data_offset, check_steps
 from grug_native.saving import Checkpointer, open_checkpointer, record_data
 from grug_native.state import GrugTrainState
 from grug_native.step_log import StepLog
@@ -93,6 +93,9 @@ class _OpenRun:
         plan = build_plan(parts)  # What can be known to be wrong is found now, before anything is compiled.
         logger.info("%s", plan.in_a_line)
         goes_on_from = (plan.resumes_from or 0) if resume_step is None else resume_step
+        resumes = plan.resumes_from is not None if resume_step is None else resume_step > 0
+        if starts_with := starting_parameters(parts, resumes=resumes):
+            logger.info("starts with %s", starts_with)
         self._compiling = parts.compile_ahead(trainer.batch_size_at(goes_on_from))
         with self._start_up.data():  # It may tokenize for hours; there is nothing to save yet, and a signal ends it.
             loader, _ = parts.loader, parts.data_fingerprint
@@ -108,8 +111,10 @@ class _OpenRun:
         assert int(self.state.step) == self.start
         if restored.metadata is not None:
             check_data_offset(trainer, restored.metadata)
+        elif parts.origin is not None:
+            self._checkpointer.originate(parts.origin.in_words)
         if self._process == 0:
-            save_own_config(config)
+            save_own_config(as_begun(parts, fresh=restored.metadata is None))
             record_data(parts)
         self._checkpointer.begin(self.start)
         self._checkpointer.keep_files()

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy over a `GrugLmExample`, without a scatter in its gradient, and the check of the batch.
+"""Next-token cross-entropy over a `GrugLmExample`, without a scatter in its gradient.
 
 Two implementations of one function, by name: `full` holds the logits of all tokens at once; `blockwise` holds those of
 `BLOCK_TOKENS` tokens and computes the gradients in the forward pass, so that the logits are computed once. Both make
@@ -12,15 +12,14 @@ from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from beartype import beartype
 from jax.sharding import PartitionSpec, get_abstract_mesh
-from jaxtyping import Array, Bool, Float, Int, jaxtyped
+from jaxtyping import Array, Bool, Float, Int
 
 from grug_native.kernels.backend import Backend, current_backend
 from grug_native.kernels.choices import note_choice
 from grug_native.language_model import Aux, LanguageModel, cast_parameters
 from grug_native.sharding import BATCH_AXES, batch_shards, explicit_mesh, reshard, unshard
-from grug_native.types import AttentionMask, LmBatch, Scalar
+from grug_native.types import AttentionMask, LmBatch, Scalar, check_lm_batch
 
 CrossEntropyName = Literal["auto", "full", "blockwise"]
 """A cross-entropy implementation; `auto` lets `resolve_cross_entropy` decide."""
@@ -82,25 +81,6 @@ def resolve_block(tokens: int, vocab_size: int, backend: Backend) -> int:
     return -(-tokens // -(-tokens // block))
 
 
-@jaxtyped(typechecker=beartype)
-def check_batch(
-    tokens: Int[Array, "B S"],
-    loss_weight: Float[Array, "B S"],
-    query_segment_ids: Int[Array, "B S"] | None,
-    key_segment_ids: Int[Array, "B S"] | None,
-) -> None:
-    """Checks shapes and dtypes of a batch's fields. It runs while a step is traced, so a running step pays nothing.
-
-    Raises:
-        jaxtyping.TypeCheckError: naming the field, the shape found and the shape wanted.
-    """
-
-
-def check_lm_batch(batch: LmBatch) -> None:
-    """`check_batch` of a `GrugLmExample`."""
-    check_batch(batch.tokens, batch.loss_weight, *(batch.attn_mask.segment_ids or (None, None)))
-
-
 def per_token_loss(
     params: LanguageModel,
     batch: LmBatch,
@@ -154,9 +134,19 @@ def score_tokens(
     return TokenScores(*_per_shard(local, weights, hidden, targets))
 
 
+class Part(NamedTuple):
+    """What a microbatch is a part of: a whole batch."""
+
+    weight: Scalar
+    """Sum of `loss_weight` over it."""
+    microbatches: int
+    """Of the whole batch."""
+
+
 def next_token_loss(
     params: LanguageModel,
     batch: LmBatch,
+    part: Part | None = None,
     *,
     z_loss_weight: float = 0.0,
     compute_dtype: ComputeDtype = "float32",
@@ -165,6 +155,8 @@ def next_token_loss(
     """Mean over the batch, weighted by `loss_weight`, of `-log p(next token) + z_loss_weight * logsumexp(logits)^2`.
 
     Zero where every weight is zero. The model's own losses are added to it, and are in what is returned beside it.
+
+    Of a microbatch, given of what it is a `part`, it is the share of the whole batch's loss.
 
     References:
         The z-loss is that of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
@@ -187,9 +179,9 @@ def next_token_loss(
             return total[None, None]
 
         total = jnp.sum(_per_shard(local, weights, hidden, targets, weight))
-    tokens = jnp.sum(weight)
-    loss = jnp.where(tokens > 0, total / jnp.where(tokens > 0, tokens, 1.0), 0.0)
-    return loss + sum(aux.losses.values()), aux
+    whole, parts = part or Part(jnp.sum(weight), 1)
+    loss = jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
+    return loss + sum(aux.losses.values()) / parts, aux
 
 
 def next_tokens(tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:

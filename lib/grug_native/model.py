@@ -1,12 +1,12 @@
-"""The Llama-style transformer: RMSNorm, rotary embeddings (half-split), grouped-query attention, SwiGLU, untied head.
+"""The Llama-style transformer: RMSNorm, rotary embeddings (half-split), grouped-query attention, SwiGLU, any head.
 
 Weights are plain arrays with their shapes in their types. The blocks are one `Block` whose leaves are stacked over
 the layers, whether the layers are then scanned or unrolled, so both run the same checkpoint.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple, get_args, override
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, get_args, override
 
 import equinox as eqx
 import jax
@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_native.attention import ATTENTION_NAMES, AttentionName, attention, prepare_mask
+from grug_native.hf_llama import llama_form, llama_sizes
 from grug_native.kv_cache import KeyValueCache, LayerCache, Reading
 from grug_native.language_model import (
     Aux,
     FlopsPerToken,
+    HfForm,
     LanguageModel,
     root_mean_square,
     shard_parameters,
@@ -25,6 +27,7 @@ from grug_native.language_model import (
     weight,
 )
 from grug_native.layers import (
+    MLP,
     RematName,
     RMSNorm,
     ScanName,
@@ -64,6 +67,8 @@ class GrugModelConfig:
     """Longest sequence, in tokens."""
     head_dim: int | None = None
     """Features of a head (E), even. None means `hidden_dim // num_heads`."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
     layer_norm_eps: float = 1e-5
     """Added to the mean square inside each RMSNorm."""
     initializer_std: float = 0.02
@@ -117,6 +122,15 @@ class GrugModelConfig:
         """
         return Transformer.init(self, key=key)
 
+    def to_hf(self) -> HfForm:
+        """A `LlamaForCausalLM`."""
+        return llama_form(asdict(self) | {"head_dim": self.features_per_head})
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "GrugModelConfig":
+        """The shape that a Llama's `config.json` promises; a `ValueError` names what this model does not have."""
+        return GrugModelConfig(**llama_sizes(raw))
+
 
 class Context(NamedTuple):
     """What all layers share."""
@@ -150,24 +164,6 @@ class Attention(eqx.Module):
         else:
             mixed, cache = context.reading.attend(q, k, v, context.mask, cache)
         return project_back(merge_heads(mixed), self.wo, x), cache
-
-
-class MLP(eqx.Module):
-    """SwiGLU feed-forward layer.
-
-    References:
-        Shazeer 2020 (arXiv 2002.05202).
-    """
-
-    gate: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
-    up: Float[Array, "D F"] = eqx.field(metadata=weight("matrix", "data", "model"))
-    down: Float[Array, "F D"] = eqx.field(metadata=weight("matrix", "model", "data"))
-
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Transforms each position on its own."""
-        tokens = flatten_tokens(x)
-        gate, up = unshard(self.gate, None, "model"), unshard(self.up, None, "model")
-        return project_back(jax.nn.silu(tokens @ gate) * (tokens @ up), self.down, x)
 
 
 class Block(eqx.Module):
@@ -215,7 +211,8 @@ class Transformer(LanguageModel):
     blocks: Block
     """All layers in one `Block`: each leaf has a leading layer axis `L`."""
     final_norm: RMSNorm
-    lm_head: Float[Array, "D V"] = eqx.field(metadata=weight("head", "data", "model"))
+    lm_head: Float[Array, "D V"] | None = eqx.field(metadata=weight("head", "data", "model"))
+    """None where the head is the embedding."""
     config: GrugModelConfig = eqx.field(static=True)
 
     @staticmethod
@@ -233,7 +230,9 @@ class Transformer(LanguageModel):
             embed=normal(embed, (config.vocab_size, config.hidden_dim), config.initializer_std),
             blocks=eqx.filter_vmap(lambda k: Block.init(config, key=k))(jax.random.split(blocks, config.num_layers)),
             final_norm=RMSNorm(jnp.ones(config.hidden_dim)),
-            lm_head=normal(head, (config.hidden_dim, config.vocab_size), config.initializer_std),
+            lm_head=None
+            if config.tie_embeddings
+            else normal(head, (config.hidden_dim, config.vocab_size), config.initializer_std),
             config=config,
         )
         return shard_parameters(model)
@@ -285,7 +284,12 @@ class Transformer(LanguageModel):
 
     @override
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        return to_logits(hidden, self.lm_head)
+        return to_logits(hidden, self.head)
+
+    @property
+    def head(self) -> Float[Array, "D V"]:
+        """What `unembed` multiplies with."""
+        return self.embed.T if self.lm_head is None else self.lm_head
 
     @override
     def init_cache(self, batch: int, length: int, dtype: str) -> KeyValueCache:
@@ -297,7 +301,8 @@ class Transformer(LanguageModel):
     @override
     def flops_per_token(self, seq_len: int) -> FlopsPerToken:
         config = self.config
-        matrices = sum(leaf.size for leaf in jax.tree.leaves((self.blocks.attn, self.blocks.mlp, self.lm_head)))
+        # The head is as large as the embedding, tied to it or not.
+        matrices = sum(leaf.size for leaf in jax.tree.leaves((self.blocks.attn, self.blocks.mlp, self.embed)))
         features = config.num_layers * config.num_heads * config.features_per_head
         return transformer_flops(matrices=matrices, attention_features=features, seq_len=seq_len)
 

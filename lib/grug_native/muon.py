@@ -1,6 +1,8 @@
 """Muon: orthogonalised momentum for matrices, and how stacked matrices are dealt out over a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import jax
@@ -11,14 +13,24 @@ from jaxtyping import Array, Float
 
 from grug_native.sharding import explicit_mesh, reshard
 
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+type Quintic = tuple[float, float, float]
+"""a, b and c of `a x + b x^3 + c x^5`."""
+
+NEWTON_SCHULZ_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),)
 """Quintic of Jordan et al. 2024 (kellerjordan.github.io/posts/muon), tuned for the steepest slope at zero."""
 
 
-def orthogonalize(matrices: Float[Array, "*batch M N"], *, steps: int) -> Float[Array, "*batch M N"]:
+def orthogonalize(
+    matrices: Float[Array, "*batch M N"], *, steps: int, coefficients: Sequence[Quintic] = NEWTON_SCHULZ_COEFFICIENTS
+) -> Float[Array, "*batch M N"]:
     """Moves each matrix towards the nearest semi-orthogonal one, by Newton-Schulz iterations.
 
     Its singular values end near 1 (between 0.7 and 1.2 after five steps), its singular vectors stay.
+
+    Args:
+        matrices: of any shape.
+        steps: iterations.
+        coefficients: of the iterations, in turn.
 
     References:
         Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Higham, Functions of Matrices, section 8.3.
@@ -26,8 +38,7 @@ def orthogonalize(matrices: Float[Array, "*batch M N"], *, steps: int) -> Float[
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = jnp.swapaxes(matrices, -1, -2) if tall else matrices
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    for _ in range(steps):
+    for a, b, c in islice(cycle(coefficients), steps):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return jnp.swapaxes(x, -1, -2) if tall else x
@@ -65,14 +76,16 @@ class ScaleByMuonState(NamedTuple):
     """A decayed sum of the gradients."""
 
 
-def scale_by_muon(momentum: float, steps: int) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: float, steps: int, coefficients: Sequence[Quintic] = NEWTON_SCHULZ_COEFFICIENTS
+) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum for stacked matrices, scaled to the size of an AdamW update.
 
     References:
         Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor 0.2 sqrt(max(M, N)), with which AdamW's
         learning rate and weight decay serve, is from Liu et al. 2025 (arXiv 2502.16982, section 2.2).
     """
-    orthogonal = per_matrix(lambda matrices: orthogonalize(matrices, steps=steps))
+    orthogonal = per_matrix(partial(orthogonalize, steps=steps, coefficients=coefficients))
 
     def init(params: optax.Params) -> ScaleByMuonState:
         return ScaleByMuonState(jax.tree.map(jnp.zeros_like, params))

@@ -10,11 +10,9 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,49 +22,20 @@ from grug_native.bucket.place import check_place, checkpoints_of
 from grug_native.checkpoint.leaves import state_bytes
 from grug_native.components import RunParts
 from grug_native.data.corpus_store import RECORD_FILE, Counts, read_counts
-from grug_native.data.mixture import Weights, check_mixture, check_names, mixture_stages
+from grug_native.data.mixture import check_mixture, mixture_stages
+from grug_native.fitting import memory_use
 from grug_native.host.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, TUNABLES_VARIABLE, with_gpu_flags
 from grug_native.host.run_folder import is_bucket, local_path
 from grug_native.kernels.backend import current_backend
 from grug_native.kernels.choices import Choice, noted_choices
 from grug_native.loss import next_token_loss
 from grug_native.metrics import flops_per_token, parameter_counts
-from grug_native.run_plan import MemoryUse, MixtureStages, RunPlan, Timing
+from grug_native.microbatches import reduce_once
+from grug_native.run_plan import MixtureStages, RunPlan, Timing
 from grug_native.sharding import batch_shards
 
 _DISK_MARGIN = 0.2
 """In checkpoints, beside the permanent ones and the temporary ones that are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSketch:
-    """What a plan reads of an `LmDataConfig`, under the same names, without importing levanter."""
-
-    tokenizer: str = "gpt2"
-    """Folder or name of the tokenizer."""
-    cache_dir: str | None = None
-    """Where the token caches are; of a corpus of ours, in its folder."""
-    train_weights: Weights | None = None
-    """Weights of the components, or stages of them."""
-    components: Mapping[str, object] = field(default_factory=dict[str, object])
-    """The components by name."""
-    mixture_block_size: int = 2048
-    """Sequences within which the shares are exact."""
-    block_cross_document_attention: bool = True
-    """Whether batches carry segment ids."""
-
-    @staticmethod
-    def of(raw: Mapping[str, Any]) -> "DataSketch":
-        """Takes what it needs of the `data` section of a config file."""
-        found = {field.name: raw[field.name] for field in fields(DataSketch) if field.name in raw}
-        weights = found.get("train_weights")
-        if isinstance(weights, list):
-            found["train_weights"] = [(step, {n: float(w) for n, w in shares.items()}) for step, shares in weights]
-        elif isinstance(weights, dict):
-            found["train_weights"] = {name: float(weight) for name, weight in weights.items()}
-        sketch = DataSketch(**found)
-        check_names(sketch.train_weights, sketch.components)
-        return sketch
 
 
 def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> RunPlan:
@@ -103,10 +72,12 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
     flops = flops_per_token(model, config.seq_len)
     tokens = trainer.data_offset(steps) * config.seq_len
     leaves = jax.tree.leaves_with_path(state.params)
+    memory = memory_use(parts.compiled_step()) if compile else None
     return RunPlan(
         run_id=config.run_id,
         output_path=config.output_path,
         resumes_from=saved[0] if saved else None,
+        starts_with=starting_parameters(parts, resumes=bool(saved)),
         parameters=parameter_counts(model),
         routing=parts.optimizer.routing(state.params),
         learning_rates=_learning_rates(parts),
@@ -117,7 +88,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
         batch_stages=trainer.batch_stages,
         seq_len=config.seq_len,
         mixture=_mixture(parts),
-        corpus=_corpus_counts(config.data.cache_dir),
+        corpus=corpus_counts(config.data.cache_dir),
         mesh=dict(parts.mesh.shape),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         shardings={
@@ -128,9 +99,22 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
         disk_needed=needed,
         disk_free=free,
         vocabulary=vocabulary,
-        memory=_compiled_memory(parts) if compile else None,
+        memory=memory,
         timing=_measured(parts, measure) if measure > 0 else None,
     )
+
+
+def starting_parameters(parts: RunParts, *, resumes: bool) -> str | None:
+    """Which parameters a start of the run loads in place of drawing them, in words; checks that they fit.
+
+    Raises:
+        ValueError: if they do not, or cannot be read.
+        DamagedCheckpointError: if they are those of a damaged checkpoint.
+    """
+    init_from = parts.config.trainer.init_from
+    if init_from is not None and resumes:
+        return f"its own checkpoint; the parameters of trainer.init_from, {init_from.source}, are not used again"
+    return None if parts.initial_parameters is None else parts.initial_parameters.described
 
 
 def tokenizer_size(tokenizer: str) -> int | None:
@@ -205,22 +189,27 @@ def _mixture(parts: RunParts) -> MixtureStages:
     )
 
 
-def _corpus_counts(cache_dir: str | None) -> Counts | None:
+def corpus_counts(cache_dir: str | None) -> Counts | None:
+    """What a corpus of ours holds, by its token caches; None if they are no corpus of ours."""
     root = Path(cache_dir or "").parent
     return read_counts(root) if cache_dir is not None and (root / RECORD_FILE).is_file() else None
 
 
 def _choices(parts: RunParts) -> tuple[Choice, ...]:
     config, backend, dtype = parts.config, current_backend(), parts.step_config.compute_dtype
+    microbatch = _microbatch(parts)
     asked = config.trainer.compute_dtype != "auto"
     flags = with_gpu_flags(os.environ.get(FLAGS_VARIABLE, "")) if backend.name == "gpu" else ""
     with noted_choices() as made, jax.set_mesh(parts.mesh):
         eqx.filter_eval_shape(
             partial(next_token_loss, compute_dtype=dtype, cross_entropy=config.trainer.cross_entropy),
             parts.state_shape.params,
-            parts.batch_shape(),
+            parts.batch_shape(int(microbatch.name) if microbatch is not None and microbatch.name.isdigit() else None),
         )
+        if microbatch is not None:
+            reduce_once(parts.state_shape.params, dtype)
     return (
+        *(() if microbatch is None else (microbatch,)),
         *made.values(),
         Choice("compute dtype", dtype, "asked for by the config" if asked else f"the faster one on {backend.name}"),
         *(Choice("XLA flag", flag, reason) for flag, reason in GPU_FLAGS.items() if flag in flags.split()),
@@ -235,13 +224,14 @@ def _choices(parts: RunParts) -> tuple[Choice, ...]:
     )
 
 
-def _compiled_memory(parts: RunParts) -> MemoryUse | None:
-    usage = parts.compiled_step().executable.memory_analysis()
-    if usage is None:
+def _microbatch(parts: RunParts) -> Choice | None:
+    asked = parts.config.trainer.microbatch_size
+    if asked is None:
         return None
-    state = usage.argument_size_in_bytes
-    fresh = usage.output_size_in_bytes - usage.alias_size_in_bytes
-    return MemoryUse(state, usage.temp_size_in_bytes, state + fresh + usage.temp_size_in_bytes)
+    if asked == "auto":
+        unknown = Choice("microbatch", "auto", "as many as fit: known once compiled: compile=True, or --compile")
+        return parts.fitted.get(parts.largest_batch, unknown)
+    return Choice("microbatch", str(asked), f"asked for by the config: {parts.largest_batch // asked} passes a step")
 
 
 def _measured(parts: RunParts, steps: int) -> Timing:

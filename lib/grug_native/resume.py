@@ -1,8 +1,9 @@
 """Whether a run may go on from a checkpoint, and as what: the same checks for its plan and for itself."""
 
 import logging
+from dataclasses import replace
 
-from grug_native.bucket.place import checkpoints_of, fetched
+from grug_native.bucket.place import checkpoints_of, fetched, recorded_config
 from grug_native.checkpoint.leaves import check_leaves, leaf_records, named_leaves
 from grug_native.checkpoint.metadata import (
     CheckpointMetadata,
@@ -17,13 +18,14 @@ from grug_native.components import RunParts
 from grug_native.config import COSMETIC_FIELDS, GrugNativeRunConfig, GrugTrainerConfig, config_to_dict
 from grug_native.data.record import DATA_FILE, read_records
 from grug_native.host.run_folder import step_name
+from grug_native.weights.config import InitFrom
 
 logger = logging.getLogger(__name__)
 
 
 def run_identity(parts: RunParts) -> RunIdentity:
     """What the run is, as far as resuming it is concerned; opens the data."""
-    from grug_native.data.cache import tokenizer_digest
+    from grug_native.data.vocabulary import tokenizer_digest
 
     config = parts.config
     return RunIdentity(
@@ -86,7 +88,8 @@ def _newest(checkpoints: Checkpoints) -> CheckpointMetadata | None:
 
 def _identity_so_far(parts: RunParts, metadata: CheckpointMetadata) -> RunIdentity:
     """As `run_identity`; where the token caches have yet to be made, the data pass for those of the checkpoint."""
-    from grug_native.data.cache import tokenizer_digest, unmade_caches
+    from grug_native.data.cache import unmade_caches
+    from grug_native.data.vocabulary import tokenizer_digest
 
     if not (unmade := unmade_caches(parts.config.data)):
         return run_identity(parts)
@@ -101,6 +104,21 @@ def _identity_so_far(parts: RunParts, metadata: CheckpointMetadata) -> RunIdenti
         cosmetic=COSMETIC_FIELDS,
         allowed_changes=config.trainer.allow_changes,
     )
+
+
+def as_begun(parts: RunParts, *, fresh: bool) -> GrugNativeRunConfig:
+    """The config to be kept in a run's folder: with what its first parameters were, whatever this start says.
+
+    Args:
+        parts: of the run.
+        fresh: whether it begins now; else what was kept then stays.
+    """
+    config, begun = parts.config, parts.origin
+    if not fresh:
+        kept = recorded_config(config.output_path)
+        raw = None if kept is None else kept["trainer"].get("init_from")
+        begun = None if raw is None else InitFrom(**raw)
+    return replace(config, trainer=replace(config.trainer, init_from=begun))
 
 
 def check_data_offset(trainer: GrugTrainerConfig, metadata: CheckpointMetadata) -> None:

@@ -51,6 +51,8 @@ class RunPlan:
     """Its folder."""
     resumes_from: int | None
     """Newest committed step in the folder; None for a fresh run."""
+    starts_with: str | None
+    """Which parameters are loaded; None if they are drawn."""
     parameters: Mapping[str, int]
     """Parameters by module, and their `total`."""
     routing: tuple[ParamGroup, ...]
@@ -151,6 +153,8 @@ def _optimization(plan: RunPlan) -> _Rows:
 def _data(plan: RunPlan) -> _Rows:
     went_on = "" if plan.resumes_from is None else f", goes on from step {plan.resumes_from:,}"
     yield "steps", f"{plan.steps:,}{went_on}"
+    if plan.starts_with is not None:
+        yield "starts with", plan.starts_with
     stages = "; ".join(f"{size:,} sequences from step {start:,}" for start, size in plan.batch_stages)
     yield "batch", stages
     yield "tokens", f"{plan.tokens:,}, {plan.tokens_per_parameter:.1f} a parameter"

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, override
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload, override
 
 import equinox as eqx
 import jax
@@ -109,12 +109,10 @@ class GrugRunner(eqx.Module):
         Raises:
             ValueError: if there are no validation sets, or the state was given to `train_step`.
         """
+        from grug_native.hooks import evaluate_state
+
         with self._using(state):
-            if self._parts.evaluation is None:
-                raise ValueError(
-                    "no component of the data config has a validation split: there is nothing to evaluate on"
-                )
-            return self._parts.evaluation(state)
+            return evaluate_state(self._parts, state)
 
     def harness(
         self, state: GrugTrainState, tasks: Sequence[str | dict[str, Any]] | None = None, **settings: Any
@@ -134,6 +132,7 @@ class GrugRunner(eqx.Module):
         with self._using(state):
             return harness_parameters(self._parts, state.params, int(state.step), tasks, **settings)
 
+    @overload
     def sample(
         self,
         state: GrugTrainState,
@@ -142,14 +141,70 @@ class GrugRunner(eqx.Module):
         max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
-    ) -> str:
-        """Continues a text with a state's parameters; see `grug_native.evaluation.generate.sample`."""
+    ) -> str: ...
+
+    @overload
+    def sample(
+        self,
+        state: GrugTrainState,
+        prompt: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str]: ...
+
+    def sample(
+        self,
+        state: GrugTrainState,
+        prompt: str | Sequence[str] = "",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Continues a text, or several at once, with a state's parameters; see `grug_native.evaluation.sample`."""
         from grug_native.hooks import sample_parameters
 
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         with self._using(state):
-            return sample_parameters(self._parts, state.params, prompt, **settings)
+            texts = sample_parameters(self._parts, state.params, prompts, seed=seed, **settings)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def export(
+        self,
+        state: GrugTrainState,
+        output: str | Path,
+        *,
+        ema: bool = False,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    ) -> Path:
+        """Writes a state's parameters as a Hugging Face folder; see `grug_native.export.export_state`.
+
+        Args:
+            state: whose parameters are written; `restore()` gives that of a checkpoint.
+            output: a folder that is not there yet.
+            ema: take the moving average of the parameters.
+            dtype: of what is written.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: it exists, or the model's architecture has no such form; or the state was given to `train_step`.
+            OSError: it cannot be written; then nothing of it is left.
+        """
+        from grug_native.export import export_state
+
+        with self._using(state):
+            return export_state(self._parts, state, output, ema=ema, dtype=dtype)
 
     def save(self, state: GrugTrainState) -> Path:
         """Saves a state as `checkpoints/step-N`, and waits until it is there.

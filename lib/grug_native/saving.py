@@ -1,5 +1,6 @@
 """A run's checkpoints by hand: what the loop saves and resumes from, for whoever steps through a run or comes later."""
 
+import json
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -16,12 +17,15 @@ from grug_native.checkpoint.metadata import (
     config_differences,
 )
 from grug_native.checkpoint.orbax_io import Restored, load_params, restore_checkpoint
+from grug_native.checkpoint.source import CheckpointSource
 from grug_native.components import RunParts, load_tokenizer
-from grug_native.config import COSMETIC_FIELDS, config_to_dict
+from grug_native.config import COSMETIC_FIELDS
 from grug_native.data.record import DATA_FILE, add_record
 from grug_native.hooks import SAMPLES_FILE
 from grug_native.host.run_folder import CONFIG_FILE, is_bucket, local_path
 from grug_native.language_model import LanguageModel
+from grug_native.parsing.named_types import encode_named
+from grug_native.parsing.old_configs import upgraded
 from grug_native.resume import run_identity
 from grug_native.state import GrugTrainState
 
@@ -36,6 +40,10 @@ class Checkpointer(Protocol):
 
     def where(self, step: int) -> str:
         """Returns where the checkpoint of a step is."""
+        ...
+
+    def originate(self, origin: str) -> None:
+        """Says what a fresh run was made of, for the checkpoints that follow."""
         ...
 
     def begin(self, step: int) -> None:
@@ -145,6 +153,8 @@ def save_state(parts: RunParts, state: GrugTrainState) -> str:
             metadata = checkpoints_of(parts.config.output_path).find(newest).read_metadata()
             checkpointer.accept(metadata)
             skipped_steps = metadata.skipped_steps
+        if not checkpointer.steps() and parts.origin is not None:
+            checkpointer.originate(parts.origin.in_words)
         record_data(parts)
         checkpointer.keep_files()
         data_offset = parts.config.trainer.data_offset(step)
@@ -176,7 +186,7 @@ def restore_state(parts: RunParts, step: int | None = None) -> GrugTrainState:
 
 
 def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = False) -> tuple[int, LanguageModel]:
-    """Loads the parameters alone, for use and not for training; the data are not opened.
+    """Loads the parameters alone, for use and not for training; raises as `readable_checkpoint`.
 
     Args:
         parts: of the run.
@@ -186,19 +196,30 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
     Returns:
         The updates behind the parameters, and the parameters on the run's mesh.
 
+    """
+    path, metadata = readable_checkpoint(parts, step, ema=ema)
+    with jax.set_mesh(parts.mesh):
+        return metadata.step, load_params(path, parts.state_shape.params, ema=ema)
+
+
+def readable_checkpoint(
+    parts: RunParts, step: int | None = None, *, ema: bool = False
+) -> tuple[CheckpointSource, CheckpointMetadata]:
+    """Finds a checkpoint whose parameters are those of the run's model, to be read; the data are not opened.
+
     Raises:
         ValueError: the run has no such checkpoint, or keeps no moving average.
         CheckpointMismatchError: it is of another model, or of another tokenizer.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
-    from grug_native.data.cache import tokenizer_digest
+    from grug_native.data.vocabulary import tokenizer_digest
 
     if ema and parts.config.trainer.ema_beta is None:
         raise ValueError("the run keeps no moving average (trainer.ema_beta is null): take its parameters instead")
     path = checkpoints_of(parts.config.output_path).find(step)
     metadata = path.read_metadata()
-    wanted = {"model": config_to_dict(parts.config)["model"]}
-    if changed := config_differences({"model": metadata.config["model"]}, wanted):
+    wanted = {"model": json.loads(json.dumps(encode_named("model", parts.config.model)))}
+    if changed := config_differences({"model": upgraded(metadata.config)["model"]}, wanted):
         changed = [d for d in changed if d.name not in COSMETIC_FIELDS]
         if changed:
             raise CheckpointMismatchError(f"{path} is of another model:", changed)
@@ -208,5 +229,4 @@ def load_parameters(parts: RunParts, step: int | None = None, *, ema: bool = Fal
             f"data.tokenizer={parts.config.data.tokenizer!r} is not the tokenizer that {path} was trained with, and "
             "its ids mean other tokens: give that one"
         )
-    with jax.set_mesh(parts.mesh):
-        return metadata.step, load_params(path, parts.state_shape.params, ema=ema)
+    return path, metadata

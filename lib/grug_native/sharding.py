@@ -19,6 +19,9 @@ from jaxtyping import Array
 
 from grug_native.types import Device
 
+type AxisName = str | tuple[str, ...] | None
+"""Mesh axes over which one axis of an array is split."""
+
 BATCH_AXES = ("replica_dcn", "data", "expert")
 """The mesh axes over which the batch is split."""
 
@@ -169,6 +172,8 @@ def unshard(weight: Array, *spec: str | None) -> Array:
             )
         return weight
     home = jax.typeof(weight).sharding.spec
+    if home.reduced:
+        return jax.sharding.reshard(weight, PartitionSpec(*spec, reduced=home.reduced))
     if "data" not in home or get_abstract_mesh().shape["data"] == 1:
         return reshard(weight, *spec)
     return _unshard(PartitionSpec(*spec), home, weight)
@@ -188,20 +193,68 @@ def _unshard_forward(spec: PartitionSpec, home: PartitionSpec, weight: Array) ->
 
 
 def _unshard_backward(spec: PartitionSpec, home: PartitionSpec, residuals: None, parts: Array) -> tuple[Array]:
+    return (_sum_parts(parts, home),)
+
+
+def _sum_parts(parts: Array, home: PartitionSpec) -> Array:
+    spec = jax.typeof(parts).sharding.spec
     dimension = home.index("data")
 
     def scatter(part: Array) -> Array:
         own = jax.lax.psum_scatter(part, "data", scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(own, tuple(sorted(_reduced_axes(spec) - {"data"})))
+        return jax.lax.psum(own, tuple(sorted(spec.unreduced - {"data"})))
 
-    of_parts = PartitionSpec(*spec, unreduced=_reduced_axes(spec))
-    scattered = PartitionSpec(*spec[:dimension], "data", *spec[dimension + 1 :])
-    return (jax.sharding.reshard(jax.shard_map(scatter, in_specs=of_parts, out_specs=scattered)(parts), home),)
+    axes = spec.partitions
+    scattered = PartitionSpec(*axes[:dimension], "data", *axes[dimension + 1 :])
+    return jax.sharding.reshard(jax.shard_map(scatter, in_specs=spec, out_specs=scattered)(parts), home)
 
 
 _unshard.defvjp(_unshard_forward, _unshard_backward)
 
 
+def gather(weight: Array, *axes: AxisName) -> Array:
+    """Makes a weight whole over the batch axes ahead of `unshard`, for several passes with one all-gather.
+
+    Its gradient is then each device's part of a sum; add those of all passes up, and give the total to
+    `sum_over_batch`.
+
+    Args:
+        weight: as its field lays it out. One that is not split over `data` is returned as it is: models use it without
+            `unshard`, in ways of their own.
+        *axes: mesh axes of its axes.
+    """
+    if "data" not in axes:
+        return weight
+    return gather_whole(weight, *(None if axis == "data" else axis for axis in axes))
+
+
+def gather_whole(weight: Array, *spec: AxisName) -> Array:
+    """Lays a weight out as `spec` says, its gradient left in parts. Only products and lookups take such a weight."""
+    laid_out = PartitionSpec(*spec)
+    return jax.sharding.reshard(weight, PartitionSpec(*spec, reduced=_reduced_axes(laid_out)))
+
+
+def is_gathered(weight: Array) -> bool:
+    """Whether a weight's gradient is left in parts."""
+    return bool(jax.typeof(weight).sharding.spec.reduced)
+
+
+def sum_over_batch(gradient: Array, *, like: Array) -> Array:
+    """Adds up the devices' parts of a weight's gradient, and lays the sum out as the weight.
+
+    One reduce-scatter, or, of a weight that is not split over `data`, one all-reduce.
+    """
+    home = jax.typeof(like).sharding.spec
+    if not jax.typeof(gradient).sharding.spec.unreduced:
+        return gradient
+    return _sum_parts(gradient, home) if "data" in home else jax.sharding.reshard(gradient, home)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(array: np.ndarray, mesh: Mesh) -> Array:
+    """Splits an array over the batch axes. Each process has all of it, and gives its devices their parts."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])

@@ -58,7 +58,26 @@ def init_train_state(
         ema: whether to keep a moving average of the parameters; it starts at the parameters.
     """
     init_key, training_key = jax.random.split(key)
-    params = model.init(key=init_key)
+    return _first_state(model.init(key=init_key), optimizer, training_key, ema)
+
+
+def start_train_state(
+    params: LanguageModel, optimizer: GrugOptimizer, *, key: PRNGKeyArray, ema: bool = False
+) -> GrugTrainState:
+    """The state of step 0 with parameters that are there; all else is as `init_train_state` makes it."""
+    state = _other_parts(params, optimizer, key, ema)
+    return eqx.tree_at(lambda state: state.params, state, params, is_leaf=lambda node: node is None)
+
+
+@eqx.filter_jit
+def _other_parts(params: LanguageModel, optimizer: GrugOptimizer, key: PRNGKeyArray, ema: bool) -> GrugTrainState:
+    state = _first_state(params, optimizer, jax.random.split(key)[1], ema)
+    return eqx.tree_at(lambda state: state.params, state, None)
+
+
+def _first_state(
+    params: LanguageModel, optimizer: GrugOptimizer, training_key: PRNGKeyArray, ema: bool
+) -> GrugTrainState:
     return GrugTrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

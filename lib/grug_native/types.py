@@ -15,10 +15,10 @@
 | `T` | flattened tokens, `B * S` |
 """
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, TypeCheckError, jaxtyped
 
 if TYPE_CHECKING:
     from jaxlib._jax import Device as Device
@@ -77,6 +77,35 @@ class LmBatch(Protocol):
     def attn_mask(self) -> AttentionMask:
         """Who may attend to whom."""
         ...
+
+
+@jaxtyped(typechecker=None)
+def check_batch(
+    tokens: Array, loss_weight: Array, query_segment_ids: Array | None, key_segment_ids: Array | None
+) -> None:
+    """Checks shapes and dtypes of a batch's fields. It runs while a step is traced, so a running step pays nothing.
+
+    Raises:
+        jaxtyping.TypeCheckError: naming the field, the shape found and the shape wanted.
+    """
+    fields: dict[str, tuple[Array | None, Any]] = {
+        "tokens": (tokens, Int[Array, "B S"]),
+        "loss_weight": (loss_weight, Float[Array, "B S"]),
+        "query_segment_ids": (query_segment_ids, Int[Array, "B S"]),
+        "key_segment_ids": (key_segment_ids, Int[Array, "B S"]),
+    }
+    for name, (field, wanted) in fields.items():
+        if field is not None and not isinstance(field, wanted):
+            raise TypeCheckError(
+                f"the batch's {name} is {jax.typeof(field).str_short(short_dtypes=True)}, and must be "
+                f"{wanted.dtype.__name__}[B S], with one B and one S for all fields; tokens is "
+                f"{jax.typeof(tokens).str_short(short_dtypes=True)}"
+            )
+
+
+def check_lm_batch(batch: LmBatch) -> None:
+    """`check_batch` of a `GrugLmExample`."""
+    check_batch(batch.tokens, batch.loss_weight, *(batch.attn_mask.segment_ids or (None, None)))
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -47,9 +47,10 @@ def put(store: Store, array: np.ndarray, shard: tuple[int, ...], *, patience: fl
     ("shape", "shard"),
     [((), ()), ((7,), (7,)), ((8, 6, 4), (4, 6, 2)), ((8, 6, 4), (8, 3, 4)), ((4, 300, 129), (4, 150, 129))],
 )
-def test_arrays_come_back_and_digests_add_up(dtype: type, shape: tuple[int, ...], shard: tuple[int, ...]) -> None:
-    array = make_array(shape, dtype)
-    store = Store(f"memory://arrays/{dtype.__name__}-{shape}-{shard}".replace(" ", ""))
+def test_arrays_come_back_and_digests_add_up(
+    dtype: type, shape: tuple[int, ...], shard: tuple[int, ...], folder: str
+) -> None:
+    array, store = make_array(shape, dtype), Store(folder)
     assert put(store, array, shard) == host_digest(array)
     read = read_verified(BucketReader(store, PREFIX), LEAF, record_of(array))
     assert read.dtype == array.dtype and read.tobytes() == array.tobytes()
@@ -74,7 +75,7 @@ def test_large_shards_are_cut_and_small_ones_are_not() -> None:
     def chunk(shape: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]:
         return layout(LeafRecord(shape, "float32", None), shard).chunk
 
-    limit = module._LARGEST_CHUNK // 4  # pyright: ignore[reportPrivateUsage] - shapes around the limit
+    limit = module._LARGEST_CHUNK // 4  # pyright: ignore[reportPrivateUsage] - the shapes lie around it
     assert chunk((8, 8), (4, 8)) == (4, 8) and chunk((), ()) == ()
     assert chunk((50257, 8192), (50257, 8192)) == (2011, 8192), "a prime number of rows: the last piece is smaller"
     for shape, shard in (
@@ -87,16 +88,16 @@ def test_large_shards_are_cut_and_small_ones_are_not() -> None:
         assert all(s == n or s % c == 0 for n, s, c in zip(shape, shard, found, strict=True)), "pieces lie in one shard"
 
 
-def test_a_piece_smaller_than_the_others_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_smaller_than_the_others_comes_back(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LARGEST_CHUNK", 100)
-    array, store = make_array((13, 5)), Store("memory://arrays/odd")
+    array, store = make_array((13, 5)), Store(folder)
     assert put(store, array, (13, 5)) == host_digest(array)
     assert np.array_equal(read_verified(BucketReader(store, PREFIX), LEAF, record_of(array)), array)
     assert len(store.list(PREFIX)) == 4
 
 
-def test_what_is_missing_or_changed_is_damage_and_zeros_are_stored() -> None:
-    store, array = Store("memory://arrays/damage"), np.zeros((4, 4), np.float32)
+def test_what_is_missing_or_changed_is_damage_and_zeros_are_stored(folder: str) -> None:
+    store, array = Store(folder), np.zeros((4, 4), np.float32)
     put(store, array, (2, 4))
     chunk = f"{PREFIX}params/w/c/1/0"
     found = store.get(chunk)

@@ -107,7 +107,7 @@ def test_a_zombie_commits_nothing(bucket: Bucket, toys: Server, job: Job) -> Non
 
 
 def test_of_three_at_once_one_runs(bucket: Bucket, toys: Server, job: Job) -> None:
-    job = changed(job, lease=2.0, pause=0.2)
+    job = changed(job, lease=2.0, pause=0.6)  # So long that the last starts while the first still runs.
     started = [toys.start(job) for _ in range(3)]
     assert sorted(running.wait() for running in started) == [0, 4, 4]
     for running in started:

@@ -41,10 +41,10 @@ def lines(writer: RunWriter, first: int) -> Segment:
 def forget(writer: RunWriter, *, pid: int | None = None) -> None:
     """As if its owner were stopped: it gives no sign of life. It is elsewhere, or process `pid` here."""
     writer._stop.set()  # pyright: ignore[reportPrivateUsage] - nothing but a signal stops it from outside
-    writer._beats.join()  # pyright: ignore[reportPrivateUsage] - as above
+    writer._beats.join()  # pyright: ignore[reportPrivateUsage] - its thread has to have ended
     host = "elsewhere" if pid is None else writer.owner.host
     process = "" if pid is None else process_of(pid)
-    writer._me = replace(writer.owner, host=host, process=process, pid=pid or 1)  # pyright: ignore[reportPrivateUsage] - another machine
+    writer._me = replace(writer.owner, host=host, process=process, pid=pid or 1)  # pyright: ignore[reportPrivateUsage] - as if on another machine
     writer.swap(lambda head: replace(head, owner=writer.owner))
 
 

@@ -55,9 +55,8 @@ def write_conditionally(store: Store) -> None:
     assert store.put("a", b"7", over=second) is None
 
 
-def test_writes_keep_their_conditions_on_disk_and_in_memory(folder: str) -> None:
+def test_writes_keep_their_conditions_on_disk(folder: str) -> None:
     write_conditionally(Store(folder))
-    write_conditionally(Store(f"memory://test_store/{id(folder)}"))
 
 
 def test_writes_keep_their_conditions_in_a_bucket(bucket: Bucket) -> None:
@@ -65,7 +64,7 @@ def test_writes_keep_their_conditions_in_a_bucket(bucket: Bucket) -> None:
 
 
 def test_the_probe_accepts_a_store_and_leaves_nothing(bucket: Bucket, folder: str) -> None:
-    for url in (bucket.new_folder(), folder, f"memory://test_store/{id(folder)}"):
+    for url in (bucket.new_folder(), folder):
         store = Store(url, retries=QUICK)
         check_store(store)
         assert store.list("") == []

@@ -54,7 +54,7 @@ def write(url: str, process: int, mesh: Mesh) -> None:
     prefix = bytes(np.asarray(multihost_utils.broadcast_one_to_all(drawn)).tolist()).rstrip(b"\0").decode()
     host = copy_to_host(make_state(mesh))
     upload = Upload(store, prefix, process=process, processes=2, patience=60.0)
-    sums = upload.write(host.layouts, host.blocks)
+    sums = upload.write(host.layouts, host.blocks())
     print(f"{process} wrote {sorted(sums)}", flush=True)
     if writer is not None:
         records, _ = host.records()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from jaxlib.mlir.dialects import mhlo
+from levanter.distributed import DistributedConfig as DistributedConfig
 from levanter.optim.config import OptimizerConfig as OptimizerConfig
 from levanter.tracker import TrackerConfig as TrackerConfig
 from matplotlib import figure
@@ -73,7 +74,7 @@ def fit(job: Job) -> None:
     if job.directory is not None:
         os.chdir(job.directory)
     os.environ.update(job.environment)
-    os.environ.setdefault("NPROC", "16")
+    os.environ.setdefault("NPROC", "64")
     jax.config.update("jax_num_cpu_devices", job.devices)
     if job.xla_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(job.xla_cache))

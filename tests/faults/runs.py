@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -263,3 +264,11 @@ def _make_base_runs(folder: Path) -> None:
     from tests.faults import child
 
     child.make_base_runs(folder)
+
+
+def two_environments() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Environments of processes 0 and 1 of a run on this machine; the first one is the coordinator."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    return shared | {"JAX_PROCESS_ID": "0"}, shared | {"JAX_PROCESS_ID": "1"}

@@ -64,6 +64,13 @@ def test_f16_what_changes_no_result_may_change(half: Run, whole: Run) -> None:
     half.expect_equal(whole)
 
 
+def test_f16_a_batch_may_be_made_in_parts(half: Run, whole: Run) -> None:
+    half.edit({"trainer.microbatch_size": 2}).fit().expect(0)
+    for (step, loss, *rest), (wanted_step, wanted_loss, *wanted) in zip(half.record(), whole.record(), strict=True):
+        assert (step, rest[2]) == (wanted_step, wanted[2]), "another batch"
+        assert float.fromhex(str(loss)) == pytest.approx(float.fromhex(str(wanted_loss)), rel=1e-5)
+
+
 def write_tokens(cache: Path, value: int) -> None:
     spec = {"driver": "zarr3", "kvstore": f"file://{cache}/input_ids/data"}
     ts.open(spec, open=True).result()[:512].write(value).result()

@@ -1,14 +1,13 @@
 """F18 to F22: two processes under jax.distributed on loopback, and a fault in one of them."""
 
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from grug_native.tracking.jsonl import METRICS_FILE, read_metrics
-from tests.faults.runs import NUM_STEPS, ForkServer, Run, Running
+from tests.faults.runs import NUM_STEPS, ForkServer, Run, Running, two_environments
 from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import assert_close, loss_terms
 
@@ -24,17 +23,13 @@ STEPS = {
 
 def start_both(run: Run, fault: str | None = None, *, other: Run | None = None) -> tuple[Running, Running]:
     """Starts processes 0 and 1 of a run, the second in the folder of `other`; the first one is the coordinator."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     zero, one = (
         side.start(
             fault,
-            environment=shared | {"JAX_PROCESS_ID": str(index)},
-            output=run.folder.with_name(f"{run.folder.name}-{index}.log"),
+            environment=environment,
+            output=run.folder.with_name(f"{run.folder.name}-{environment['JAX_PROCESS_ID']}.log"),
         )
-        for index, side in enumerate((run, other or run))
+        for side, environment in zip((run, other or run), two_environments(), strict=True)
     )
     return zero, one
 

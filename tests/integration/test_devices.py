@@ -63,11 +63,13 @@ def test_a_run_is_handed_from_mesh_to_mesh(server: ForkServer, tmp_path: Path) -
 
 def test_the_command_line_trains_in_two_processes(server: ForkServer, tmp_path: Path) -> None:
     steps = {"trainer.num_train_steps": 2, "trainer.steps_per_checkpoint": None}
+    steps |= {"eval.sample_prompts": ["grug", "say"], "eval.sample_tokens": 4}
     alone, run = (server.run(tmp_path / name, steps) for name in ("alone", "together"))
     alone.fit().expect(0)
     said = together(run, 2, 1, command=("train", "--config_path", str(run.config)))
     assert "process 0 of 2, 2 devices" in said and "finished after 2 steps" in said
     expect_the_same(run, alone)
+    assert (run.folder / "samples.md").read_text() == (alone.folder / "samples.md").read_text()
 
 
 def expect_the_same(run: Run, other: Run) -> None:

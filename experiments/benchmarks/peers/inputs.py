@@ -45,7 +45,9 @@ def random_segments(job: Job) -> np.ndarray:
     shape, rng = job.sizes, np.random.default_rng(shapes.SEED + 1)
 
     def row() -> np.ndarray:
-        cuts = rng.choice(np.arange(1, shape.seq_len), size=rng.integers(2, 9), replace=False)
+        cuts = rng.choice(
+            np.arange(1, shape.seq_len), size=min(int(rng.integers(2, 9)), shape.seq_len - 1), replace=False
+        )
         return np.searchsorted(np.sort(cuts), np.arange(shape.seq_len), side="right")
 
     rows = [row() for _ in range(job.num_batches * shape.batch_size)]

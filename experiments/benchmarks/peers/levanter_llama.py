@@ -71,7 +71,7 @@ def to_llama(model: Transformer) -> LlamaLMHeadModel:
         (blocks.mlp_norm.weight, (layers, embed)),
         (model.final_norm.weight, (embed,)),
         (model.embed, (vocab, embed)),
-        (model.lm_head, (embed, vocab)),
+        (model.head, (embed, vocab)),
     ]
     filled = [named(array, axes, like) for (array, axes), like in zip(ours, weights(empty), strict=True)]
     return eqx.tree_at(weights, empty, filled)

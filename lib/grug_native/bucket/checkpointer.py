@@ -21,7 +21,7 @@ from grug_native.bucket.errors import StoreError
 from grug_native.bucket.processes import told
 from grug_native.bucket.reading import BucketCheckpoint
 from grug_native.bucket.record import Record
-from grug_native.bucket.run_files import changed_files, fetch_files
+from grug_native.bucket.run_files import changed_files, fetch_files, put_profiles
 from grug_native.bucket.run_head import CheckpointEntry
 from grug_native.bucket.run_writer import LEASE_SECONDS, RunWriter
 from grug_native.bucket.save_queue import SaveQueue
@@ -205,6 +205,10 @@ class BucketCheckpointer:
         self._barrier("rollback-done")
         return [s for s in steps if s > step]
 
+    def originate(self, origin: str) -> None:
+        """Says what the fresh run was made of: it heads the lineage of the checkpoints that follow."""
+        self._lineage = (origin,)
+
     def begin(self, step: int) -> None:
         """Says that the run goes on from `step`: the record is cut back to there, and fetched to `files`."""
         if self._writer is not None:
@@ -297,7 +301,7 @@ class BucketCheckpointer:
     def _finish(self, upload: Upload, state: HostState, metadata: CheckpointMetadata) -> None:
         writer, step = self._writer, metadata.step
         if writer is None:
-            upload.write(state.layouts, state.blocks)
+            upload.write(state.layouts, state.blocks())
             return
         record = self._record
         commit_state(
@@ -318,6 +322,7 @@ class BucketCheckpointer:
             if self._record is None:
                 writer.close()
             else:
+                put_profiles(writer, self._files)
                 self._record.close(tuple(changed_files(writer, self._files, self._kept)))
         except BaseException:
             self._give_up(writer)

@@ -43,7 +43,7 @@ def commit_state(
         if poisoned := [name for name in not_finite if name.startswith(("params.", "ema_params."))]:
             raise NonFiniteStateError(f"step {step} is not saved: {', '.join(poisoned)} is not finite")
         text = encode_metadata(replace(metadata, leaves=records)).encode()
-        sums = upload.write(state.layouts, state.blocks)
+        sums = upload.write(state.layouts, state.blocks())
         fault_point("mid_write", step)
         sha256 = upload.finish(sums, records, lambda: text)
         fault_point("pre_commit", step)

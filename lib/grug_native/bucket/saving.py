@@ -8,7 +8,7 @@ order of work is the loop's.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, final
 
 from grug_native.bucket.arrays import Block, Layout, Sums, joined, write_arrays
@@ -49,7 +49,7 @@ class Upload:
         self.store, self.prefix = store, prefix
         self._process, self._processes, self._patience = process, processes, patience
 
-    def write(self, layouts: Mapping[str, Layout], blocks: Sequence[Block]) -> dict[str, Sums]:
+    def write(self, layouts: Mapping[str, Layout], blocks: Iterable[Block]) -> dict[str, Sums]:
         """Writes this process's blocks and reads them back; on another process than 0, tells process 0.
 
         Raises:

@@ -29,13 +29,16 @@ Index = tuple[slice, ...]
 @final
 @dataclass(frozen=True)
 class HostState:
-    """A state's arrays as this process holds them, apart from the devices."""
+    """A state's arrays as this process holds them, in memory that nobody else writes to."""
 
     layouts: Mapping[str, Layout]
     """Of all arrays, by dotted path in the state."""
-    blocks: tuple[Block, ...]
-    """The shards that this process writes; every shard is written by one process."""
+    _shards: tuple[tuple[str, tuple[int, ...], np.ndarray], ...]
     _digests: Mapping[str, jax.Array]
+
+    def blocks(self) -> Iterator[Block]:
+        """Waits for the shards that this process writes; every shard is written by one process."""
+        return (Block(name, start, data) for name, start, data in self._shards)
 
     def records(self) -> tuple[dict[str, LeafRecord], list[str]]:
         """Waits for the digests that the devices compute.
@@ -48,7 +51,10 @@ class HostState:
 
 
 def copy_to_host(state: object) -> HostState:
-    """Copies what this process has to write of `state`, which the caller may donate or change afterwards.
+    """Takes hold of what this process has to write of `state`, which the caller may donate afterwards.
+
+    An accelerator's arrays are copied here. A CPU's are read where they are: JAX gives a step that is given such an
+    array other memory to write to, as it does while Orbax writes to a disk.
 
     Raises:
         ValueError: A leaf of the state cannot be stored.
@@ -59,10 +65,10 @@ def copy_to_host(state: object) -> HostState:
     shards = [(n, s) for n, array in arrays.items() for s in array.addressable_shards if s.replica_id == 0]
     for _, shard in shards:
         shard.data.copy_to_host_async()
-    blocks = tuple(Block(n, tuple(part.start or 0 for part in s.index), _own_copy(s.data)) for n, s in shards)
+    held = tuple((n, tuple(part.start or 0 for part in s.index), np.asarray(s.data)) for n, s in shards)
     records = leaf_records(leaves)
     layouts = {n: layout(records[n], array.sharding.shard_shape(array.shape)) for n, array in arrays.items()}
-    return HostState(layouts, blocks, digests)
+    return HostState(layouts, held, digests)
 
 
 def load_arrays(
@@ -122,9 +128,3 @@ def _finished(
 
 def _hashable(index: Index) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((part.start, part.stop) for part in index)
-
-
-def _own_copy(data: jax.Array) -> np.ndarray:
-    """The array in memory that no device writes to: on a CPU, NumPy would look into the device's."""
-    on_host = next(iter(data.devices())).platform == "cpu"
-    return np.array(data) if on_host else np.asarray(data)

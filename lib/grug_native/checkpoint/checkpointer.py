@@ -102,6 +102,10 @@ class GrugCheckpointer:
         """Returns where the checkpoint of a step is."""
         return str(self._folder / step_name(step))
 
+    def originate(self, origin: str) -> None:
+        """Says what the fresh run was made of: it heads the lineage of the checkpoints that follow."""
+        self._lineage = (origin,)
+
     def begin(self, step: int) -> None:
         """Says that the run goes on from `step`; here the record is cut by whoever opens it."""
 

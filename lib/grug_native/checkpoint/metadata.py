@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, override
 
 from grug_native.data.record import DataRecord, explain_change
+from grug_native.host.process import code_commit
 from grug_native.host.run_folder import fsync
 from grug_native.host.shell import offer
 from grug_native.parsing.old_configs import upgraded
@@ -160,7 +161,7 @@ class CheckpointMetadata:
     mesh: Mapping[str, int]
     """Sizes of the mesh axes it was written from."""
     versions: Mapping[str, str]
-    """Versions of the packages that wrote it."""
+    """Versions of the packages that wrote it, and the `commit` of this one, where it lies in a repository."""
     environment: Mapping[str, str]
     """The variables of `RECORDED_ENVIRONMENT` that were set."""
     saved_at: str
@@ -168,7 +169,7 @@ class CheckpointMetadata:
     skipped_steps: int = 0
     """Of these updates, those that were not finite and changed nothing."""
     lineage: tuple[str, ...] = ()
-    """Every configuration change that was allowed on a resume, oldest first."""
+    """What the run was made of, if not of fresh parameters; and each change that was allowed on a resume, in order."""
     leaves: Mapping[str, LeafRecord] = field(default_factory=dict[str, LeafRecord])
     """The stored arrays by dotted path in the train state; filled in once they have been digested."""
     format_version: int = FORMAT_VERSION
@@ -185,6 +186,7 @@ def describe(
     lineage: tuple[str, ...] = (),
 ) -> CheckpointMetadata:
     """Returns what a checkpoint of the run `identity` says about itself, but for its leaves."""
+    commit = code_commit()
     return CheckpointMetadata(
         run_id=identity.run_id,
         kind=kind,
@@ -196,7 +198,7 @@ def describe(
         config=identity.config,
         config_hash=canonical_hash(identity.config),
         mesh=identity.mesh,
-        versions={name: version(name) for name in _RECORDED_PACKAGES},
+        versions={name: version(name) for name in _RECORDED_PACKAGES} | ({"commit": commit} if commit else {}),
         environment={name: os.environ[name] for name in RECORDED_ENVIRONMENT if name in os.environ},
         saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
         lineage=lineage,

@@ -123,11 +123,14 @@ def recorded_name(folder: Path, raw: Mapping[str, Any]) -> str:
 
 def settings_hash(raw: Mapping[str, Any]) -> str:
     """SHA-256 of a config but for where things are, the run's name, and what one start allowed."""
-    placeless = {name: value for name, value in raw.items() if name != "output_path"}
-    placeless["trainer"] = {name: value for name, value in raw["trainer"].items() if name not in _OF_A_START}
-    return canonical_hash(
-        _with_paths(placeless, lambda path, _: _after_key(path) or os.path.basename(path.rstrip("/")))
-    )
+    lasting = {name: value for name, value in raw["trainer"].items() if name not in _OF_A_START}
+    return canonical_hash(placeless(dict(raw) | {"trainer": lasting}))
+
+
+def placeless(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a config without the places of things: of a path, what tells it from others is left."""
+    sections = {name: value for name, value in raw.items() if name != "output_path"}
+    return _with_paths(sections, lambda path, _: _after_key(path) or os.path.basename(path.rstrip("/")))
 
 
 def _now_at(path: str, old_folder: str, folder: Path) -> str:
@@ -155,8 +158,12 @@ def _after_key(path: str) -> str | None:
 
 
 def _with_paths(sections: Mapping[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
-    """Changes the paths in the `data` and `eval` sections; `change` is told whether it is one, or may be a name."""
+    """Changes the paths in `data`, `eval` and `trainer.init_from`; `change` is told whether it is one, or a name."""
     changed = dict(sections)
+    if isinstance(trainer := changed.get("trainer"), Mapping):
+        own = cast(Mapping[str, Any], trainer)
+        if isinstance(origin := own.get("init_from"), Mapping) and "://" not in origin["source"]:
+            changed["trainer"] = {**own, "init_from": {**origin, "source": change(origin["source"], True)}}
     for name in ("data", "eval"):
         if isinstance(section := changed.get(name), Mapping):
             changed[name] = _walk(cast(Mapping[str, Any], section), change)

@@ -1,9 +1,10 @@
-"""`grug train | plan | eval | harness | sample | plot`: what each does with its arguments.
+"""`grug train | plan | eval | harness | sample | export | plot`: what each does with its arguments.
 
 Each imports what it needs when it is called: levanter alone takes seconds, and a plan does without.
 """
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,13 @@ from grug_native.config import (
     read_config_file,
     with_overrides,
 )
+from grug_native.data.sketch import DataSketch
 from grug_native.host.run_folder import is_bucket
 from grug_native.language_model import LanguageModel, abstract_parameters, axis_sizes
-from grug_native.parsing.check import check_data
+from grug_native.parsing.check import check_data, checked, decode
 from grug_native.runner import GrugRunner
 from grug_native.sharding import MeshAxes
+from grug_native.weights.config import InitFrom, spelled_out
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -56,16 +59,14 @@ def train(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints a run's plan."""
-    from grug_native.plan import DataSketch
     from grug_native.tracking.progress import configure_logging
 
     raw = with_overrides(read_config_file(arguments.config), arguments.overrides)
     begun = _has_begun(raw)
     if begun:
         configure_logging()
-    if not begun and not arguments.compile and not arguments.measure and isinstance(raw.get("data"), Mapping):
-        check_data(raw["data"])
-        raw["data"] = DataSketch.of(raw["data"])
+    if not begun and not arguments.compile and not arguments.measure:
+        raw = _sketched(raw)
     runner = GrugRunner(config_from_dict(raw))
     Console().print(runner.plan(compile=arguments.compile, measure=arguments.measure))
 
@@ -74,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluates a checkpoint; prints the metrics."""
     from grug_native.hooks import evaluate_parameters
 
-    parts, step, params = _checkpoint(arguments)
+    parts, step, params = _checkpoint(arguments, load_config(arguments.run))
     metrics = evaluate_parameters(parts, params, ema=arguments.ema)
     Console().print(_metrics_table(f"{parts.config.run_id} after {step} steps", metrics))
 
@@ -84,7 +85,7 @@ def harness(arguments: argparse.Namespace) -> None:
     from grug_native.evaluation.harness_reports import UnwrittenReportError
     from grug_native.hooks import harness_parameters
 
-    parts, step, params = _checkpoint(arguments)
+    parts, step, params = _checkpoint(arguments, load_config(arguments.run))
     wanted = ("limit", "num_fewshot", "include_path", "batch_size")
     settings = {name: value for name in wanted if (value := getattr(arguments, name)) is not None}
     title = f"{parts.config.run_id} after {step} steps"
@@ -98,12 +99,25 @@ def harness(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Prints a text that a checkpoint continues."""
+    """Prints texts that a checkpoint continues; between two of them, a line `---`."""
     from grug_native.hooks import sample_parameters
 
-    parts, _, params = _checkpoint(arguments)
-    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
-    print(sample_parameters(parts, params, arguments.prompt, **settings))
+    prompts = [*arguments.prompts, *([] if arguments.prompt_file is None else _lines(arguments.prompt_file))] or [""]
+    parts, _, params = _checkpoint(arguments, config_from_dict(_sketched(read_config_file(arguments.run))))
+    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    print("\n---\n".join(sample_parameters(parts, params, prompts, **settings)))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes a checkpoint's parameters as a Hugging Face folder; prints its path."""
+    from grug_native.export import export_checkpoint
+    from grug_native.tracking.progress import configure_logging
+
+    configure_logging()
+    config = _on_these_devices(load_config(arguments.run))
+    parts = RunParts(config, GrugRunner(config).optimizer)
+    settings = {name: getattr(arguments, name) for name in ("step", "ema", "dtype")}
+    print(export_checkpoint(parts, arguments.output, **settings))
 
 
 def plot(arguments: argparse.Namespace) -> None:
@@ -131,6 +145,8 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
     overrides = list(arguments.overrides)
     if arguments.profile is not None:
         overrides.append(("trainer.profile", arguments.profile))
+    if arguments.init_from is not None:
+        overrides.insert(0, ("trainer.init_from", json.dumps({"source": arguments.init_from})))
     if arguments.text is None:
         if arguments.text_key is not None:
             raise ValueError(
@@ -155,15 +171,23 @@ def _config_to_train(arguments: argparse.Namespace) -> GrugNativeRunConfig:
         output_path=arguments.output_path,
         text_key=arguments.text_key or "text",
         tokenizer=dict(overrides).get("data.tokenizer"),
+        init_from=_init_from(overrides),
         settle=partial(_settle, overrides, arguments),
     )
+
+
+def _init_from(overrides: Sequence[tuple[str, str]]) -> InitFrom | None:
+    own = [(name, value) for name, value in overrides if name.startswith("trainer.init_from")]
+    raw = spelled_out(with_overrides({"trainer": {}}, own))["trainer"].get("init_from")
+    prefix = "trainer.init_from."
+    return None if raw is None else decode(InitFrom, checked(InitFrom, raw, prefix), prefix)
 
 
 def _settle(
     overrides: Sequence[tuple[str, str]], arguments: argparse.Namespace, raw: dict[str, Any]
 ) -> GrugNativeRunConfig:
     """Makes the config of a run on text; what can be known to be wrong with it, is found before there are data."""
-    from grug_native.plan import DataSketch, build_plan
+    from grug_native.plan import build_plan
     from grug_native.resume import check_steps
 
     changed, data = with_overrides(raw, overrides), raw["data"]
@@ -188,13 +212,34 @@ def _has_begun(raw: Mapping[str, Any]) -> bool:
     return bool(checkpoints.steps() or checkpoints.damaged())
 
 
-def _checkpoint(arguments: argparse.Namespace) -> tuple[RunParts, int, LanguageModel]:
+def _lines(file: str) -> list[str]:
+    """The lines of a file of prompts that are not blank."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_file={file} cannot be read as UTF-8 text: {error}") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompt_file={file} has no prompts: write one on each line")
+    return prompts
+
+
+def _sketched(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for what does not open the data, and then has no need of levanter."""
+    data = raw.get("data")
+    if not isinstance(data, Mapping):
+        return dict(raw)
+    check_data(cast(Mapping[str, Any], data))
+    return {**raw, "data": DataSketch.of(cast(Mapping[str, Any], data))}
+
+
+def _checkpoint(arguments: argparse.Namespace, config: GrugNativeRunConfig) -> tuple[RunParts, int, LanguageModel]:
     """A run's parts, and what one of its checkpoints holds; folder and devices may be others than it trained with."""
     from grug_native.saving import load_parameters
     from grug_native.tracking.progress import configure_logging
 
     configure_logging()
-    config = _on_these_devices(load_config(arguments.run))
+    config = _on_these_devices(config)
     parts = RunParts(config, GrugRunner(config).optimizer)
     return parts, *load_parameters(parts, arguments.step, ema=arguments.ema)
 

@@ -1,4 +1,4 @@
-"""The command line: `grug train | plan | eval | harness | sample | plot | ckpt`.
+"""The command line: `grug train | plan | eval | harness | sample | export | plot | ckpt`.
 
 Nothing heavy is imported before a command needs it: `--help` and `ckpt` answer without JAX.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from grug_native.host.process import end_at_ctrl_c, prepare_process, set_gpu_flags
+from grug_native.host.process import end_at_ctrl_c, keep_compiled, prepare_process, set_gpu_flags
 
 _DESCRIPTION = """\
 Train language models, and look at what came of it.
@@ -18,6 +18,7 @@ Train language models, and look at what came of it.
   grug train --config_path run.yaml --trainer.num_train_steps 200
   grug plan run.yaml                      what a run is going to be, before anything runs
   grug sample runs/my_folder "Once upon"  continue a text
+  grug export runs/my_folder --output d   write the model for transformers and others
   grug plot runs/a runs/b                 draw curves over each other
 """
 
@@ -147,6 +148,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Verbs]:
     train.add_argument(
         "--text_key", metavar="FIELD", help="with --text: field or column that holds the text (default: text)"
     )
+    train.add_argument(
+        "--init_from", metavar="RUN|DIR", help="start with the parameters of a run, or of a Hugging Face folder"
+    )
     train.add_argument("--output_path", metavar="FOLDER", help="folder of the run, in place of the config's")
     train.add_argument("--stop_after", type=int, metavar="STEP", help="save and stop after so many steps in all")
     train.add_argument(
@@ -181,13 +185,26 @@ def build_parser() -> tuple[argparse.ArgumentParser, Verbs]:
     harness.add_argument("--include_path", metavar="FOLDER", help="where YAML files define tasks by name")
     harness.add_argument("--batch_size", type=int, help="rows of a forward pass")
 
-    sample = _add(add, "sample", "continue a text with a checkpoint", ("commands", "sample"))
+    sample = _add(add, "sample", "continue texts with a checkpoint", ("commands", "sample"))
     _add_checkpoint(sample)
-    sample.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
+    sample.add_argument("prompts", nargs="*", metavar="PROMPT", help="how a text begins; several are drawn at once")
+    sample.add_argument(
+        "--prompt_file", metavar="FILE", help="more prompts, one on each line; blank lines are no prompts"
+    )
     sample.add_argument("--max_new_tokens", type=int, help="(default: 128, or what the model has room for)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     sample.add_argument("--top_k", type=int, help="draw among so many likeliest tokens")
-    sample.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    sample.add_argument(
+        "--top_p", type=float, help="draw among the fewest likeliest tokens of this probability together"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="of each drawing (default: 0)")
+
+    export = _add(add, "export", "write a checkpoint as a Hugging Face folder", ("commands", "export"))
+    _add_checkpoint(export)
+    export.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    export.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: %(default)s)"
+    )
 
     plot = _add(add, "plot", "draw the curves of runs, over each other", ("commands", "plot"))
     plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -249,7 +266,9 @@ def program() -> int:
     end_at_ctrl_c()
     if sys.argv[1:2] == ["train"]:
         prepare_process()
-    set_gpu_flags()
+    else:
+        keep_compiled()
+        set_gpu_flags()
     return main()
 
 

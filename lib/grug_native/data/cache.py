@@ -31,7 +31,7 @@ from rigging.filesystem.storage_path import StoragePath
 
 from grug_native.data.corpus_store import RECORD_FILE
 from grug_native.data.text_tokens import EOS_FOLLOWS_TEXT
-from grug_native.data.vocabulary import check_vocabulary, record_vocabulary, vocabulary_digest
+from grug_native.data.vocabulary import check_vocabulary, record_vocabulary, tokenizer_digest
 from grug_native.host.shell import offer
 
 type Split = Literal["train", "validation"]
@@ -307,14 +307,6 @@ def data_fingerprint(cfg: LmDataConfig) -> dict[str, str]:
         (name, type(component.format).__name__, component.format, component.pack) for name, component in components
     ]
     return digests | {"tokenizer": tokenizer_digest(cfg), "config": _json_digest(fields)}
-
-
-def tokenizer_digest(cfg: LmDataConfig) -> str:
-    """Returns the sha256 of `tokenizer.json`; of the vocabulary, when the tokenizer is not a local folder."""
-    file = StoragePath(f"{cfg.tokenizer}/tokenizer.json")
-    if file.exists():
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    return vocabulary_digest(cfg.the_tokenizer)
 
 
 def _component_digest(cache: TreeCache[dict[str, np.ndarray]], field: str) -> str:

@@ -8,12 +8,12 @@ import dataclasses
 import logging
 import operator
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, wait
 from itertools import count
 from queue import SimpleQueue
 from threading import Thread
-from typing import SupportsIndex, override
+from typing import SupportsIndex
 
 import jax
 import numpy as np
@@ -28,11 +28,12 @@ from levanter.data.text.datasets import DirectDatasetComponent, LmDataConfig
 from levanter.data.text.examples import GrugLmExample
 from levanter.schedule import BatchSchedule, IntSchedule
 from levanter.store.cache import TreeCache
-from levanter.utils.jax_utils import local_cpu_mesh
 from levanter.utils.thread_utils import blocking_wait
 
-from grug_native.data.cache import build_train_caches, cache_parts, token_field, verify_caches, wait_for
+from grug_native.data.cache import build_train_caches, cache_parts, token_field, verify_caches
 from grug_native.data.mixture import check_mixture
+from grug_native.data.row_order import BatchReader
+from grug_native.data.vocabulary_check import VocabCheckedDataset
 from grug_native.host.fault_injection import fault_point
 from grug_native.host.shell import offer
 from grug_native.sharding import BATCH_AXES
@@ -45,51 +46,6 @@ _SLOW_SECONDS = 30
 _CLOSE_SECONDS = 5
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class VocabCheckedDataset(AsyncDataset[GrugLmExample]):
-    """A dataset whose token ids are looked at on the host: on a device, JAX would clamp a bad one in silence."""
-
-    dataset: AsyncDataset[GrugLmExample]
-    """What is checked; its indices are the rows that an error names."""
-    name: str
-    """The component's name in the data config."""
-    vocab_size: int
-    """Ids must lie in `[0, vocab_size)`."""
-    spaces_before_eos: bool = False
-    """Whether each document ends in a space that its text does not have; see `token_cache.spaces_before_eos`."""
-
-    @override
-    async def async_len(self) -> int:
-        """Number of sequences."""
-        return await self.dataset.async_len()
-
-    @override
-    def is_finite(self) -> bool:
-        """Whether the number of sequences is known."""
-        return self.dataset.is_finite()
-
-    @override
-    async def get_batch(self, indices: Sequence[int]) -> Sequence[GrugLmExample]:
-        """Returns the sequences at `indices`.
-
-        Raises:
-            ValueError: if a token id lies outside the vocabulary; names the first one.
-        """
-        examples = await self.dataset.get_batch(indices)
-        if not examples:
-            return examples
-        tokens = np.stack([np.asarray(example.tokens) for example in examples])
-        bad = (tokens < 0) | (tokens >= self.vocab_size)
-        if bad.any():
-            which, position = np.argwhere(bad)[0]
-            raise ValueError(
-                f"dataset {self.name!r}, row {indices[which]}, position {position}: token id {tokens[which, position]} "
-                f"is outside the vocabulary [0, {self.vocab_size}). The cache is damaged, or was built with another "
-                "tokenizer than the one that model.vocab_size was chosen for"
-            )
-        return examples
 
 
 def build_train_dataset(
@@ -179,7 +135,7 @@ def build_train_loader(
     if prefetch < 1:
         raise ValueError(f"prefetch={prefetch} must be at least 1 batch")
     return DataLoader(
-        dataset,
+        BatchReader(dataset),
         batch_size,
         batch_axis_name=BATCH_AXIS,
         max_buffered_batches=prefetch,
@@ -202,38 +158,35 @@ def batch_at(loader: DataLoader[GrugLmExample], step: SupportsIndex) -> GrugLmEx
     step = operator.index(step)
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
+    reader = loader.data_store
+    assert isinstance(reader, BatchReader), "the loader is not of build_train_loader"
     size = loader.scheduler.batch_size_at_step(step)
     first = loader.scheduler.global_data_offset_by_step(step)
+    if reader.length is not None and first + size > reader.length:
+        raise ValueError(
+            f"step {step} needs the sequences {first} to {first + size - 1}, but the training data end after "
+            f"{reader.length}: train fewer steps, or give {offer('data.stop_strategy', 'restart')}"
+        )
     local = loader.local_data_indices_by_device_for_step(step).values()
     rows = sorted({row for device_rows in local for row in device_rows})
-
-    async def fetch() -> Sequence[GrugLmExample]:
-        dataset = loader.data_store
-        with local_cpu_mesh():
-            if dataset.is_finite() and first + size > (available := await dataset.async_len()):
-                raise ValueError(
-                    f"step {step} needs the sequences {first} to {first + size - 1}, but the training data end after "
-                    f"{available}: train fewer steps, or give {offer('data.stop_strategy', 'restart')}"
-                )
-            return await dataset.get_batch([first + row for row in rows])
-
-    examples = wait_for(fetch())
+    batch = reader.read(np.array(rows, np.int64) + first)
     sharding = NamedSharding(
         loader.mesh, PartitionSpec(physical_axis_name(loader.batch_axis_name, loader.axis_resources))
     )
 
-    def assemble(*leaves: jax.Array) -> jax.Array:
-        stacked = np.stack([np.asarray(leaf) for leaf in leaves])
-
+    def assemble(leaf: np.ndarray) -> jax.Array:
         def on_device(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(size)
             offset = rows.index(start)
-            return stacked[offset : offset + stop - start]
+            return leaf[offset : offset + stop - start]
 
-        return jax.make_array_from_callback((size, *stacked.shape[1:]), sharding, on_device)
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, on_device)
 
-    return jax.tree.map(assemble, *examples)
+    leaves, structure = jax.tree.flatten(batch)
+    # The documents of the queries and those of the keys are one array.
+    placed = {key: assemble(leaf) for key, leaf in {id(leaf): leaf for leaf in leaves}.items()}
+    return jax.tree.unflatten(structure, [placed[id(leaf)] for leaf in leaves])
 
 
 def iter_from_step(

@@ -1,7 +1,12 @@
-"""By which tokenizer a token cache was made: levanter records its name, which another one may have by now."""
+"""Which token each id means: by which tokenizer a token cache was made, and whether two tokenizers mean the same.
+
+levanter records the name of the one that made a cache, which another one may have by now.
+"""
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +27,14 @@ def vocabulary_digest(tokenizer: "MarinTokenizer") -> str:
     """SHA-256 of which token each id means: the same wherever the tokenizer lies, and whoever has saved it."""
     meaning = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
+
+def tokenizer_digest(cfg: "LmDataConfig") -> str:
+    """Returns the sha256 of `tokenizer.json`; of the vocabulary, when the tokenizer is not a local folder."""
+    file = StoragePath(f"{cfg.tokenizer}/tokenizer.json")
+    if file.exists():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return vocabulary_digest(cfg.the_tokenizer)
 
 
 def record_vocabulary(cache: str, tokenizer: "MarinTokenizer") -> None:
@@ -72,3 +85,90 @@ def _digest_of(name: str) -> str:
     from levanter.tokenizers import load_tokenizer  # It keeps them, too.
 
     return vocabulary_digest(load_tokenizer(name))
+
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Of a tokenizer in a folder, the file that says everything of how texts become ids."""
+
+_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def write_tokenizer(tokenizer: "MarinTokenizer", folder: Path) -> None:
+    """Writes a tokenizer as `transformers` reads it: the files of its own folder; of one from a hub, the same made."""
+    from levanter.tokenizers import HfMarinTokenizer
+
+    own = Path(tokenizer.name_or_path)
+    if (own / TOKENIZER_FILE).is_file():
+        for name in _FILES:
+            if (own / name).is_file():
+                shutil.copyfile(own / name, folder / name)
+        return
+    assert isinstance(tokenizer, HfMarinTokenizer)
+    tokenizer._tokenizer.save(str(folder / TOKENIZER_FILE))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "chat_template": tokenizer.chat_template,
+        "clean_up_tokenization_spaces": False,
+    }
+    known = {name: value for name, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(known, indent=1))
+
+
+def check_same_vocabulary(theirs: Callable[[], str], ours: str, *, digest: str | None = None) -> int:
+    """Checks that two tokenizers, each a folder or a name on a hub, mean the same tokens by the same ids.
+
+    Args:
+        theirs: gives the one with which weights were trained, if it has to be looked at.
+        ours: of the data.
+        digest: SHA-256 of their `tokenizer.json`, if it is known; of an equal one nothing else is asked.
+
+    Returns:
+        How many ids there are, up to the largest.
+
+    Raises:
+        ValueError: if they do not, or theirs cannot be had; says in what they differ.
+    """
+    file = Path(ours) / TOKENIZER_FILE
+    known = _vocabulary(ours)
+    if digest is None or not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        other = _vocabulary(name := theirs())
+        differing = sorted(token for token in other.keys() | known.keys() if other.get(token) != known.get(token))
+        if differing:
+            shown = ", ".join(f"{t!r} is {other.get(t)} there and {known.get(t)} here" for t in differing[:3])
+            raise ValueError(
+                f"the tokenizer {name!r}, with which the weights were trained, has another vocabulary than "
+                f"data.tokenizer={ours!r}: of {len(differing):,} tokens the ids differ ({shown}). Make the data with "
+                "theirs"
+            )
+    return 1 + max(known.values())
+
+
+def _vocabulary(name: str) -> dict[str, int]:
+    file = Path(name) / TOKENIZER_FILE
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(file)).get_vocab()
+        except Exception as error:  # the library raises bare Exception for every kind of bad file
+            raise ValueError(f"{file} is no tokenizer: {error}") from error
+    from levanter.tokenizers import load_tokenizer
+
+    try:
+        return load_tokenizer(name).get_vocab()
+    except OSError as error:
+        raise ValueError(
+            f"the tokenizer {name!r} is not to be had ({type(error).__name__}), so the vocabulary of the weights "
+            "cannot be compared with that of the data: put it back there"
+        ) from error

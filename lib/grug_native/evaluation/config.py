@@ -18,7 +18,7 @@ class GrugHarnessConfig:
     num_fewshot: int | None = None
     """Examples in front of each document; None leaves it to the task. A task that says 0 keeps 0."""
     batch_size: int | None = None
-    """Rows of a forward pass over all devices; None means the evaluation batch size."""
+    """Rows of a forward pass over all devices, and texts drawn at once; None means the evaluation batch size."""
     include_path: str | None = None
     """Folder of YAML files whose tasks may be asked for by name."""
     log_samples: bool = False

@@ -1,35 +1,53 @@
-"""Text from a model: a prompt is read once, then tokens are drawn one by one against the model's cache.
+"""Text from a model, many at once: one pass reads the prompts, then each step draws a token of every text.
 
-The work is done on one device, on a copy of the parameters; so it needs room for all of them there.
+All devices of a mesh take part: the texts are split over the batch axes, and each device has whole weights, but for
+what tensor and expert parallelism split. Everything here is the same on every process of a run.
 """
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from grug_native.attention import Mask
-from grug_native.data.text_tokens import text_only
-from grug_native.language_model import LanguageModel, ModelConfig, cast_parameters
+from grug_native.evaluation.drawing import Rule, Sampling, draw, rule_of
+from grug_native.host.signals import leave_if_told_to_stop
+from grug_native.kernels.backend import current_backend
+from grug_native.language_model import LanguageModel, ModelConfig
 from grug_native.loss import ComputeDtype
-from grug_native.sharding import AXIS_NAMES
+from grug_native.sharding import BATCH_AXES, batch_shards, create_mesh, explicit_mesh, put_batch, reshard
 from grug_native.types import Scalar, check_seed
 
-if TYPE_CHECKING:
-    from levanter.tokenizers import MarinTokenizer
-
-_NEW_TOKENS = 128
-"""Drawn if nobody says how many."""
 _PADDING = -1
-"""Segment of what stands before a prompt, so that few lengths are compiled."""
-_ROUNDED_TO = 64
-"""Lengths are rounded up to a multiple of this many positions, so that few of them are compiled."""
+"""Segment of what stands before a prompt, so that prompts of one batch end together."""
+_STEPS = 16
+"""Tokens of each text that are drawn before anybody looks at them."""
+_CACHE_SHARE = 1 / 8
+"""Of a device's memory: more texts than whose caches fit into it are not drawn at once."""
+
+
+class Prompt(NamedTuple):
+    """A text to continue."""
+
+    ids: Sequence[int]
+    """Its tokens, at least one."""
+    max_new_tokens: int
+    """At most so many are drawn."""
+    sampling: Sampling = Sampling()
+    """How they are drawn."""
+    seed: int = 0
+    """Of the drawing, in [-2^31, 2^32)."""
+    stop_token: int | None = None
+    """Ends the text, and is not part of it."""
+    is_over: Callable[[list[int]], bool] | None = None
+    """Asked now and then, with the new tokens, whether the text may end here."""
 
 
 def check_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -47,6 +65,230 @@ def check_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> 
         )
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Continues texts with one set of parameters.
+
+    A text is a function of its own prompt: which others are drawn with it, and on how many devices, changes the
+    rounding of its logits and nothing else.
+    """
+
+    params: LanguageModel
+    """Laid out over the mesh."""
+    mesh: Mesh
+    """The mesh on which the parameters lie."""
+    batch_size: int
+    """Texts at once at most over all devices, rounded up to what divides over them."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype of the forward pass."""
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Draws the tokens that follow each prompt, in any number and of any length.
+
+        Where a prompt has an `is_over`, up to 15 tokens may follow on the one with which it is.
+
+        Raises:
+            ValueError: if a prompt is empty, has tokens outside the vocabulary, or does not fit in the model together
+                with the new tokens; or a setting cannot be used.
+        """
+        for prompt in prompts:
+            self._check(prompt)
+        new: list[list[int]] = [[] for _ in prompts]
+        with jax.set_mesh(self.mesh):
+            for batch in self._batches(prompts):
+                for index, ids in zip(batch, self._draw_batch([prompts[index] for index in batch]), strict=True):
+                    new[index] = ids
+        return new
+
+    def _check(self, prompt: Prompt) -> None:
+        config = self.params.config
+        if not prompt.ids or min(prompt.ids) < 0 or max(prompt.ids) >= config.vocab_size:
+            raise ValueError(
+                f"the prompt must be token ids in [0, {config.vocab_size}), at least one; it is {prompt.ids}"
+            )
+        check_room(config, len(prompt.ids), prompt.max_new_tokens)
+        check_seed("seed", prompt.seed)
+        prompt.sampling.check_vocabulary(config.vocab_size)
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Texts of one kind together, and then those of one length: the longest first."""
+        kinds: dict[Sampling, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            kinds.setdefault(prompt.sampling, []).append(index)
+        for kind in kinds.values():
+            kind.sort(key=lambda index: (-_round_up(prompts[index].max_new_tokens), -len(prompts[index].ids), index))
+            while kind:
+                longest = prompts[kind[0]]
+                rows = self._most_rows(self._width(longest) + _round_up(longest.max_new_tokens))
+                yield kind[:rows]
+                del kind[:rows]
+
+    def _width(self, prompt: Prompt) -> int:
+        return min(_round_up(len(prompt.ids)), self.params.config.max_seq_len)
+
+    def _most_rows(self, positions: int) -> int:
+        """Texts of so many positions that are drawn at once."""
+        shards, memory = batch_shards(self.mesh), current_backend().memory
+        most = -(-self.batch_size // shards) * shards
+        if memory is None:
+            return most
+        cache = eqx.filter_eval_shape(lambda: self.params.init_cache(shards, positions, self.compute_dtype))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // shards
+        return min(most, max(1, int(_CACHE_SHARE * memory) // size) * shards)
+
+    @cached_property
+    def _weights(self) -> LanguageModel:
+        """The model as it computes: gathered and cast once, and not for each token."""
+        return _gathered(self.params, self.compute_dtype)
+
+    def _draw_batch(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        sampling, shards = prompts[0].sampling, batch_shards(self.mesh)
+        rows = shards << max(0, -(-len(prompts) // shards) - 1).bit_length()
+        width = max(map(self._width, prompts))
+        tokens = np.zeros((rows, width), np.int32)
+        lengths, most, stops = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+        seeds = np.zeros(rows, np.uint32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt.ids) :], lengths[row] = prompt.ids, len(prompt.ids)
+            most[row], seeds[row] = prompt.max_new_tokens, prompt.seed % 2**32
+            stops[row] = -1 if prompt.stop_token is None else prompt.stop_token
+        texts = _Texts(*(put_batch(array, self.mesh) for array in (lengths, most, stops, seeds)))
+        rule, knobs = rule_of(sampling), (np.float32(sampling.temperature), np.float32(sampling.top_p or 1.0))
+        state, drawn = _read_prompts(
+            self._weights,
+            put_batch(tokens, self.mesh),
+            texts,
+            knobs,
+            rule=rule,
+            room=_round_up(int(most.max())),
+            dtype=self.compute_dtype,
+        )
+        new: list[list[int]] = [[] for _ in prompts]
+        alive = np.arange(rows) < len(prompts)
+        while True:
+            for row, ids in enumerate(jax.device_get(drawn)[: len(prompts)].tolist()):
+                if alive[row]:
+                    alive[row] = not _add(new[row], ids, prompts[row])
+            if not alive.any():
+                return new
+            leave_if_told_to_stop()
+            state, drawn = _extend(self._weights, state, put_batch(alive, self.mesh), texts, knobs, rule=rule)
+
+
+def _add(new: list[int], drawn: Sequence[int], prompt: Prompt) -> bool:
+    """Adds what was drawn to a text; returns whether it has ended."""
+    for token in drawn:
+        if token == prompt.stop_token:
+            return True
+        new.append(token)
+        if len(new) == prompt.max_new_tokens:
+            return True
+    return prompt.is_over is not None and prompt.is_over(new)
+
+
+class _Texts(eqx.Module):
+    """What does not change from step to step."""
+
+    lengths: Int[Array, " B"]
+    """Tokens of the prompts."""
+    most: Int[Array, " B"]
+    """New tokens at most."""
+    stops: Int[Array, " B"]
+    """Tokens that end the texts; -1 for none."""
+    seeds: UInt[Array, " B"]
+    """Of the drawing."""
+
+
+class _State(eqx.Module):
+    """Where the texts of a batch have got to."""
+
+    cache: PyTree
+    """Of all tokens but the newest."""
+    newest: Int[Array, " B"]
+    """Drawn, and not read yet."""
+    count: Int[Array, ""]
+    """New tokens of each."""
+
+
+type _Knobs = tuple[Scalar, Scalar]
+"""Temperature and `top_p`."""
+
+
+@partial(jax.jit, static_argnames=("rule", "room", "dtype"))
+def _read_prompts(
+    model: LanguageModel, tokens: Int[Array, "B S"], texts: _Texts, knobs: _Knobs, *, rule: Rule, room: int, dtype: str
+) -> tuple[_State, Int[Array, "B 1"]]:
+    """Reads prompts that end where the array does, and draws the first token of each.
+
+    So they begin with padding, which is a document of its own.
+    """
+    batch, width = tokens.shape
+    is_padding = jnp.arange(width)[None] < (width - texts.lengths)[:, None]
+    segment_ids = jnp.where(is_padding, _PADDING, 0)
+    cache = model.init_cache(batch, width + room, dtype)
+    hidden, _, cache = model.hidden(tokens, Mask(segment_ids=(segment_ids, segment_ids)), cache=cache)
+    newest = _choose(model, hidden[:, -1], texts, jnp.zeros((), jnp.int32), knobs, rule)
+    return _State(cache, newest, jnp.ones((), jnp.int32)), reshard(newest, None)[:, None]
+
+
+@partial(jax.jit, static_argnames="rule", donate_argnames="state")
+def _extend(
+    model: LanguageModel, state: _State, alive: Bool[Array, " B"], texts: _Texts, knobs: _Knobs, *, rule: Rule
+) -> tuple[_State, Int[Array, "B steps"]]:
+    """Draws some more tokens of each text, or fewer where all of them end; what stands behind an end means nothing."""
+
+    def unfinished(carry: tuple[_State, Array, Array, Array]) -> Array:
+        _, alive, number, _ = carry
+        return (number < _STEPS) & jnp.any(alive)
+
+    def step(carry: tuple[_State, Array, Array, Array]) -> tuple[_State, Array, Array, Array]:
+        state, alive, number, drawn = carry
+        hidden, _, cache = model.hidden(state.newest[:, None], Mask(), cache=state.cache)
+        newest = _choose(model, hidden[:, 0], texts, state.count, knobs, rule)
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, newest[:, None], number, axis=1)
+        count = state.count + 1
+        alive = alive & (newest != texts.stops) & (count < texts.most)
+        return _State(cache, newest, count), alive, number + 1, drawn
+
+    room = reshard(jnp.zeros((state.newest.size, _STEPS), jnp.int32), BATCH_AXES, None)
+    start = state, alive, jnp.zeros((), jnp.int32), room
+    state, _, _, drawn = jax.lax.while_loop(unfinished, step, start)
+    return state, reshard(drawn, None, None)
+
+
+def _choose(
+    model: LanguageModel,
+    hidden: Float[Array, "B D"],
+    texts: _Texts,
+    count: Int[Array, ""],
+    knobs: _Knobs,
+    rule: Rule,
+) -> Int[Array, " B"]:
+    logits = reshard(model.unembed(hidden), BATCH_AXES, None)
+    return draw(logits, texts.seeds, texts.lengths + count, rule, *knobs)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _gathered(params: LanguageModel, dtype: str) -> LanguageModel:
+    """The weights in `dtype`, and no longer split over `data`."""
+
+    def whole(leaf: Array) -> Array:
+        leaf = leaf.astype(dtype)
+        if not explicit_mesh():
+            return leaf
+        axes = jax.typeof(leaf).sharding.spec
+        return reshard(leaf, *(None if axis == "data" else axis for axis in axes)) if "data" in axes else leaf
+
+    return jax.tree.map(whole, params)
+
+
+def _round_up(length: int) -> int:
+    """Lengths are rounded up, by less than a quarter, so that few of them are compiled."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
 def generate(
     params: LanguageModel,
     prompt: Sequence[int],
@@ -54,172 +296,37 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     stop_token: int | None = None,
     compute_dtype: ComputeDtype = "float32",
 ) -> list[int]:
-    """Draws the tokens that follow a prompt.
+    """Draws the tokens that follow one prompt, as token ids.
 
     Args:
-        params: the model, laid out over any mesh; with several processes, each must call this. For many texts, give
-            what `on_one_device` makes of it.
+        params: the model, on the mesh where it lies, or on this process's first device if it lies on none. Of several
+            processes, each must call this.
         prompt: token ids, at least one.
         max_new_tokens: at most so many are drawn.
-        temperature: divides the logits, a number of at least 0; 0 takes the likeliest token.
-        top_k: draw among so many likeliest tokens; None draws among all.
+        temperature: as in `Sampling`; 0 takes the likeliest token.
+        top_k: as in `Sampling`.
+        top_p: as in `Sampling`.
         seed: of the drawing, in [-2^31, 2^32).
         stop_token: ends the text, and is not part of it.
         compute_dtype: of the computation.
 
     Raises:
-        ValueError: if the prompt is empty, has tokens outside the vocabulary, or does not fit in the model together
-            with the new tokens; or an argument cannot be used.
+        ValueError: as `Sampler.draw` does.
     """
-    config = params.config
-    if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise ValueError(f"the prompt must be token ids in [0, {config.vocab_size}), at least one; it is {prompt}")
-    check_room(config, len(prompt), max_new_tokens)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be a number of at least 0; 0 takes the likeliest token")
-    check_seed("seed", seed)
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k={top_k} must be null or lie in [1, {config.vocab_size}]")
-    local = on_one_device(params)
-    padding = min(_round_up(len(prompt)), config.max_seq_len) - len(prompt)
-    room = min(_round_up(max_new_tokens), config.max_seq_len - len(prompt))
-    with jax.set_mesh(_one_device()):
-        drawn, count = _generate(
-            local,
-            jnp.asarray([[0] * padding + list(prompt)], jnp.int32),
-            jnp.asarray(padding),
-            jnp.asarray(max_new_tokens),
-            jnp.asarray(temperature, jnp.float32),
-            jnp.asarray(-1 if stop_token is None else stop_token),
-            jax.random.key(seed),
-            room,
-            top_k,
-            compute_dtype,
-        )
-    return np.asarray(drawn)[: int(count)].tolist()
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    wanted = Prompt(prompt, max_new_tokens, sampling, seed, stop_token)
+    return sampler_of(params, compute_dtype=compute_dtype).draw([wanted])[0]
 
 
-type _Carry = tuple[Int[Array, " new"], Int[Array, ""], Int[Array, ""], PyTree]
-"""The tokens drawn, how many they are, the next one, and the cache of those before it."""
-
-
-@eqx.filter_jit
-def _generate(
-    params: LanguageModel,
-    prompt: Int[Array, "1 S"],
-    padding: Int[Array, ""],
-    most: Int[Array, ""],
-    temperature: Scalar,
-    stop_token: Int[Array, ""],
-    key: PRNGKeyArray,
-    room: int,
-    top_k: int | None,
-    compute_dtype: ComputeDtype,
-) -> tuple[Int[Array, " new"], Int[Array, ""]]:
-    """Draws up to `most` tokens; returns room for `room` of them, and how many there are.
-
-    The prompt ends where the array does. So it begins with padding, which is a document of its own.
-    """
-    model = cast_parameters(params, compute_dtype)
-    segment_ids = jnp.where(jnp.arange(prompt.shape[1]) < padding, _PADDING, 0)[None]
-    cache = model.init_cache(1, prompt.shape[1] + room, compute_dtype)
-    hidden, _, cache = model.hidden(prompt, Mask(segment_ids=(segment_ids, segment_ids)), cache=cache)
-
-    def choose(hidden: Float[Array, "1 D"], position: Int[Array, ""]) -> Int[Array, ""]:
-        logits = model.unembed(hidden)[0]
-        if top_k is not None:
-            logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][-1], -jnp.inf, logits)
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, position), logits / jnp.where(temperature > 0, temperature, 1)
-        )
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
-
-    def unfinished(carry: _Carry) -> Array:
-        _, count, token, _ = carry
-        return (count < most) & (token != stop_token)
-
-    start = prompt.shape[1] - padding
-
-    def step(carry: _Carry) -> _Carry:
-        tokens, count, token, cache = carry
-        tokens = tokens.at[count].set(token)
-        hidden, _, cache = model.hidden(token[None, None], Mask(), cache=cache)
-        return tokens, count + 1, choose(hidden[:, 0], start + count + 1), cache
-
-    first = choose(hidden[:, -1], start)
-    nothing = jnp.zeros(room, jnp.int32), jnp.zeros((), jnp.int32)
-    tokens, count, _, _ = jax.lax.while_loop(unfinished, step, (*nothing, first, cache))
-    return tokens, count
-
-
-def sample(
-    params: LanguageModel,
-    tokenizer: "MarinTokenizer",
-    prompt: str = "",
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    seed: int = 0,
-    compute_dtype: ComputeDtype = "float32",
-) -> str:
-    """Continues a text until the tokenizer's end of document; see `generate` for the arguments.
-
-    A text begins as training documents do: after the tokenizer's BOS, if it has one. An empty prompt without one
-    begins after EOS. The spelling of a special token is text. With None for `max_new_tokens`, at most 128 are drawn, or
-    as many as there is room for.
-
-    Returns:
-        The prompt and its continuation.
-
-    Raises:
-        ValueError: if the prompt and the new tokens do not fit in the model, or an argument cannot be used.
-    """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [] if bos is None else [bos]
-    ids = text_only(tokenizer).encode(prompt)
-    if not start and not ids:
-        if eos is None:
-            raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with: give a prompt")
-        start = [eos]
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(_NEW_TOKENS, params.config.max_seq_len - len(start) - len(ids)))
-    new = generate(
-        params,
-        [*start, *ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop_token=eos,
-        compute_dtype=compute_dtype,
-    )
-    return tokenizer.decode([*ids, *new])
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _ROUNDED_TO) * _ROUNDED_TO
-
-
-def on_one_device(params: LanguageModel) -> LanguageModel:
-    """The whole model on this process's first device; if it is there already, it is not copied."""
-    here = NamedSharding(_one_device(), PartitionSpec())
-
-    def whole(leaf: Array) -> Array:
-        if isinstance(leaf.sharding, NamedSharding):
-            leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-        return jax.device_put(leaf.addressable_data(0), here)
-
-    return jax.tree.map(whole, params)
-
-
-def _one_device() -> Mesh:
-    return Mesh(
-        np.array(jax.local_devices()[:1]).reshape((1,) * len(AXIS_NAMES)),
-        AXIS_NAMES,
-        axis_types=(AxisType.Auto,) * len(AXIS_NAMES),
-    )
+def sampler_of(params: LanguageModel, *, batch_size: int = 1, compute_dtype: ComputeDtype = "float32") -> Sampler:
+    """A sampler on the mesh where the parameters lie; on this process's first device, if they lie on none."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return Sampler(params, sharding.mesh, batch_size, compute_dtype)
+    mesh = create_mesh(1, devices=jax.local_devices()[:1])
+    return Sampler(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), mesh, batch_size, compute_dtype)

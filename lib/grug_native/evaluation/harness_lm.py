@@ -3,22 +3,25 @@
 Importing this module imports lm-eval, which takes seconds; nothing light may import it.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, final, override
 
 from levanter.tokenizers import MarinTokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grug_native.data.text_tokens import text_only
-from grug_native.evaluation.generate import generate, on_one_device
+from grug_native.evaluation.drawing import Sampling
+from grug_native.evaluation.generate import Prompt, Sampler
 from grug_native.evaluation.scoring import Request, Scorer
-from grug_native.host.signals import leave_if_told_to_stop
-from grug_native.language_model import LanguageModel
+from grug_native.evaluation.until import cut_text, end_of_text
+from grug_native.types import check_seed
 
 _DEFAULT_NEW_TOKENS = 256
 """Of a generation task that names no limit; half a row, where rows are short."""
@@ -31,10 +34,10 @@ class Settings(NamedTuple):
     """Texts that end it."""
     max_new_tokens: int
     """Tokens at most."""
-    temperature: float
-    """0 takes the likeliest token."""
-    top_k: int | None
-    """Draw among so many likeliest tokens."""
+    sampling: Sampling
+    """How each is drawn."""
+    seed: int
+    """Of the drawing, with what tells the request from others."""
 
 
 @final
@@ -76,23 +79,42 @@ class RequestEncoder:
     def settings(self, given: dict[str, Any]) -> Settings:
         """Reads a task's `generation_kwargs`; a `ValueError` says what cannot be done with them."""
         arguments: dict[str, Any] = dict(normalize_gen_kwargs(given, min(_DEFAULT_NEW_TOKENS, self.max_length // 2)))
-        until = handle_stop_sequences(arguments.pop("until"), eos=self.text.eos_token)
-        max_new_tokens, sampling = arguments.pop("max_gen_toks"), arguments.pop("do_sample")
-        temperature, top_k = arguments.pop("temperature", 1.0 if sampling else 0.0), arguments.pop("top_k", None)
-        if sampling and arguments:
+        stops: list[Any] = list(handle_stop_sequences(arguments.pop("until"), eos=self.text.eos_token))
+        until = [stop for stop in stops if stop != ""]
+        if strange := [stop for stop in until if not isinstance(stop, str)]:
+            raise ValueError(f"generation_kwargs until={strange[0]!r} is no text: put it in quotes")
+        max_new_tokens, is_drawn = arguments.pop("max_gen_toks"), arguments.pop("do_sample")
+        temperature, numbers = arguments.pop("temperature", 1.0 if is_drawn else 0.0), dict[str, Any]()
+        for name, kind in (("top_k", int), ("top_p", float), ("seed", int)):
+            if (value := arguments.pop(name, None)) is not None:
+                numbers[name] = kind(value)
+        if is_drawn and arguments:
             raise ValueError(
-                f"generation_kwargs {sorted(arguments)} are not supported: sample by temperature and top_k"
+                f"generation_kwargs {sorted(arguments)} are not supported: sample by temperature, top_k, top_p and seed"
             )
         if max_new_tokens >= self.max_length:
             raise ValueError(
                 f"generation_kwargs max_gen_toks={max_new_tokens} leaves no room for a prompt in the {self.max_length} "
                 "positions of the model: lower it"
             )
-        return Settings(until, max_new_tokens, temperature, top_k)
+        if max_new_tokens < 1:
+            raise ValueError(f"generation_kwargs max_gen_toks={max_new_tokens} must be positive")
+        seed = numbers.pop("seed", 0)
+        check_seed("generation_kwargs seed", seed)
+        sampling = Sampling(temperature=temperature, **numbers) if is_drawn else Sampling(temperature=0.0)
+        sampling.check_vocabulary(len(self.text))
+        return Settings(until, max_new_tokens, sampling, seed)
 
-    def prompt(self, context: str) -> list[int]:
-        """Token ids of a text to continue, whole."""
-        return [*self.start, *self.text.encode(context)] or [self.prefix]
+    def settings_of(self, instance: Instance) -> Settings:
+        """Those of a request; a `ValueError` names the task and the document too."""
+        try:
+            return self.settings(instance.args[1])
+        except ValueError as error:
+            raise _refusal(instance, str(error)) from error
+
+    def prompts(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts to continue, whole."""
+        return [[*self.start, *ids] or [self.prefix] for ids in self.text.encode_batch(list(contexts))]
 
     def check(self, instances: Sequence[Instance]) -> None:
         """Refuses requests that the model cannot answer.
@@ -117,10 +139,7 @@ class RequestEncoder:
                 )
         for instance in instances:
             if instance.request_type == "generate_until":
-                try:
-                    self.settings(instance.args[1])
-                except ValueError as error:
-                    raise _refusal(instance, str(error)) from error
+                self.settings_of(instance)
 
 
 def encoder_of(tokenizer: MarinTokenizer, max_length: int) -> RequestEncoder:
@@ -154,6 +173,7 @@ class GrugLM(TemplateLM):
         """By task, those of them whose context has lost its beginning, to fit into the model."""
         self._scorer = scorer
         self._encoder = encoder_of(tokenizer, scorer.row_length)
+        self._sampler = Sampler(scorer.params, scorer.mesh, scorer.batch_size, scorer.compute_dtype)
 
     @property
     @override
@@ -219,27 +239,26 @@ class GrugLM(TemplateLM):
 
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts one by one, greedily or by sampling at a temperature, until a stop string or EOS."""
-        params = on_one_device(self._scorer.params)
-        return [self._generate(params, request, seed=number) for number, request in enumerate(requests)]
+        """Continues texts, greedily or by sampling, until a stop string, EOS, or so many tokens.
 
-    def _generate(self, params: LanguageModel, request: Instance, *, seed: int) -> str:
-        leave_if_told_to_stop()
-        context, given = request.args
-        settings, prompt = self._encoder.settings(given), self._encoder.prompt(context)
-        room = self.max_length - settings.max_new_tokens
-        self._count(request, cut=len(prompt) > room)
-        ids = generate(
-            params,
-            prompt[-room:],
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=seed,
-            stop_token=self._encoder.eos,
-            compute_dtype=self._scorer.compute_dtype,
-        )
-        return postprocess_generated_text(self._encoder.text.decode(ids), settings.until, None)
+        A text that is drawn depends on its task, its document and which of its repeats it is, and not on the others.
+        """
+        settings = [self._encoder.settings_of(request) for request in requests]
+        repeats, prompts = Counter[str](), list[Prompt]()
+        contexts = self._encoder.prompts([request.args[0] for request in requests])
+        for request, own, ids in zip(requests, settings, contexts, strict=True):
+            room = self.max_length - own.max_new_tokens
+            self._count(request, cut=len(ids) > room)
+            name = f"{request.task_name}/{request.doc_id}/{request.idx}/{own.seed}"
+            seed = zlib.crc32(f"{name}/{repeats[name]}".encode())
+            repeats[name] += 1
+            is_over = partial(self._is_over, own.until)
+            prompts.append(Prompt(ids[-room:], own.max_new_tokens, own.sampling, seed, self._encoder.eos, is_over))
+        drawn = self._sampler.draw(prompts)
+        return [cut_text(self._encoder.text.decode(ids), own.until) for ids, own in zip(drawn, settings, strict=True)]
+
+    def _is_over(self, until: Sequence[str], ids: list[int]) -> bool:
+        return end_of_text(self._encoder.text.decode(ids), until) is not None
 
     def _count(self, request: Instance, *, cut: bool) -> None:
         self.requests[str(request.task_name)] += 1

@@ -18,7 +18,7 @@ from grug_native.attention import Mask
 from grug_native.host.signals import leave_if_told_to_stop
 from grug_native.language_model import LanguageModel
 from grug_native.loss import ComputeDtype, score_tokens
-from grug_native.sharding import batch_sharding, batch_shards, reshard
+from grug_native.sharding import batch_shards, put_batch, reshard
 
 _PADDING_SEGMENT = -1
 
@@ -148,8 +148,8 @@ class Scorer:
                 tokens[row, at:end], targets[row, at:end], segments[row, at:end] = ids[:-1], ids[1:], number
                 at = end
         with jax.set_mesh(self.mesh):
-            on_mesh = self._on_mesh(tokens), self._on_mesh(targets), self._on_mesh(segments)
-            return _score_batch(self.params, *on_mesh, self.compute_dtype)
+            ids, wanted, documents = (put_batch(array, self.mesh) for array in (tokens, targets, segments))
+            return _score_batch(self.params, ids, wanted, documents, self.compute_dtype)
 
     def _read(
         self, pending: tuple[list[list[int]], tuple[Array, Array]] | None, requests: Sequence[Request]
@@ -166,10 +166,6 @@ class Scorer:
                 total = float(log_probabilities[row, scored].sum(dtype=np.float64))
                 yield index, Score(total, bool(greedy[row, scored].all()))
                 at = end
-
-    def _on_mesh(self, array: np.ndarray) -> Array:
-        """Every process has the whole array, and puts its own devices' part there."""
-        return jax.make_array_from_callback(array.shape, batch_sharding(self.mesh), lambda index: array[index])
 
 
 @eqx.filter_jit

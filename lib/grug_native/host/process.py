@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -17,6 +19,9 @@ TUNABLES_VARIABLE = "GLIBC_TUNABLES"
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 """Environment variable that names the folder in which JAX keeps what it has compiled."""
+
+SHORTEST_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+"""Environment variable that names the seconds that a compilation takes at least, if JAX is to keep what comes of it."""
 
 FLAGS_VARIABLE = "XLA_FLAGS"
 """Environment variable from which XLA takes its settings, once, as JAX starts."""
@@ -100,20 +105,28 @@ def prepare_process() -> None:
     XLA:CPU takes the temporaries of a step, a gigabyte and more, anew from the system at each step, and on pages of
     4 KiB the faults cost a tenth of it; with huge pages they cost next to nothing. glibc reads that setting only as a
     process starts, so this one executes itself again, under the same process id. An empty `GLIBC_TUNABLES` forbids it.
-    Compiled functions are kept in the user's cache folder, or where `JAX_COMPILATION_CACHE_DIR` says; for GPUs see
-    `set_gpu_flags`.
+    Compiled functions are kept, see `keep_compiled`; for GPUs see `set_gpu_flags`.
     """
     for descriptor in range(3):  # A file that took the place of a closed stderr would have messages in it.
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grug_native" / "xla"
-    os.environ.setdefault(CACHE_VARIABLE, str(cache))
+    keep_compiled()
     set_gpu_flags()
     if sys.platform == "linux" and TUNABLES_VARIABLE not in os.environ:
         os.environ[TUNABLES_VARIABLE] = _HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, or where `JAX_COMPILATION_CACHE_DIR` says.
+
+    Small functions too: a small model's start is made of many. To be called before JAX is imported.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grug_native" / "xla"
+    os.environ.setdefault(CACHE_VARIABLE, str(cache))
+    os.environ.setdefault(SHORTEST_VARIABLE, "0")
 
 
 def set_gpu_flags() -> None:
@@ -126,3 +139,17 @@ def with_gpu_flags(flags: str) -> str:
     """XLA's settings `flags`, and those of `GPU_FLAGS` that do not stand there."""
     names = {flag.partition("=")[0] for flag in flags.split()}
     return " ".join([*flags.split(), *(flag for flag in GPU_FLAGS if flag.partition("=")[0] not in names)])
+
+
+@cache
+def code_commit() -> str | None:
+    """The commit of the repository that this code lies in, `-dirty` if files in it are changed; None if it is in none.
+
+    It is that of the first call: later changes are not those of the code that runs.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # There is no git.
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

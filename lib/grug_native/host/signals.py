@@ -81,6 +81,7 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
+        self._watching: threading.Thread | None = None
         self._outer: StopSignal | None = None
         self._reset: Token[StopSignal | None] | None = None
 
@@ -96,22 +97,24 @@ class StopSignal:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handled.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, _do_nothing) for number in handled}
-        threading.Thread(
+        self._watching = threading.Thread(
             target=self._watch, args=(watched, frozenset(handled)), name="grug-signals", daemon=True
-        ).start()
+        )
+        self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._wakeup is None or self._reset is None:
+        if self._wakeup is None or self._reset is None or self._watching is None:
             return
         _entered.reset(self._reset)
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._wakeup.close()  # the watching thread reads the end of the stream, and ends
-        self._wakeup = None
+        wakeup, self._wakeup = self._wakeup, None
+        wakeup.close()
+        self._watching.join()  # It reads what came before the end, so a signal at the last moment counts too.
 
     @property
     def exit_code(self) -> int | None:

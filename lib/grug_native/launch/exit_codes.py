@@ -24,7 +24,7 @@ def explain(error: Exception) -> tuple[ExitCode, str] | None:
         case jax.errors.JaxRuntimeError():
             if "RESOURCE_EXHAUSTED" not in words:
                 return None
-            way_out = "lower trainer.train_batch_size, set model.remat=full, or use more devices"
+            way_out = "set trainer.microbatch_size=auto or a small number, or model.remat=full, or use more devices"
             return ExitCode.FAILED, f"the device's memory is too small: {way_out}.\n{words.splitlines()[0]}"
         case _:
             # Errors of our own classes are documented, and say what to do.

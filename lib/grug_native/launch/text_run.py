@@ -6,7 +6,6 @@ text, to about 20 tokens a parameter (Hoffmann et al. 2022, arXiv 2203.15556), c
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -19,23 +18,23 @@ from grug_native.bucket.place import read_config_file, read_file
 from grug_native.checkpoint.run_place import tokenizer_of
 from grug_native.components import check_tokenizer
 from grug_native.config import GrugNativeRunConfig, GrugTrainerConfig, config_from_dict, config_to_dict
-from grug_native.data.corpus import data_of_files, domain_name
+from grug_native.data.corpus import data_of_files
 from grug_native.data.corpus_making import check_place
 from grug_native.data.corpus_store import SOURCES_FILE, file_digest
 from grug_native.data.documents import find_files, read_documents
-from grug_native.data.text_files import ROW_SUFFIXES, TEXT_SUFFIXES, FoundFiles, compression, suffix
+from grug_native.data.text_files import FoundFiles, compression, suffix
 from grug_native.data.text_survey import Survey, known_survey, take_survey
 from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.host.run_folder import CONFIG_FILE, is_bucket, run_id_from
+from grug_native.launch.text_domains import SMALLEST_DOMAIN, file_stem
+from grug_native.launch.text_domains import text_domains as text_domains
 from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import AdamWConfig
 from grug_native.schedule import ScheduleConfig
+from grug_native.weights.config import InitFrom
+from grug_native.weights.init_from import promised_model
 
-_SMALLEST_DOMAIN = 100_000
-"""Bytes. Less text of one kind is no domain of its own: its held-out part would say nothing."""
-_SMALLEST_SHARE = 0.05
-"""Of all text, likewise."""
 _BYTES_PER_TOKEN = 3.2
 """Of a byte-level BPE of a few thousand tokens on English or code."""
 _EPOCHS = 4
@@ -45,13 +44,12 @@ _CPU_STEPS_PER_CORE = 256
 """About two minutes of the smallest model; compiling, evaluating and making the corpus take another."""
 _MOST_CPU_CORES = 16
 """More cores than this do not make so small a model faster."""
+_CONTINUED_RATE = 0.1
+"""Of a fresh run's peak rate, for weights that are trained: about where schedules end, and where pretraining is best
+continued (Parmar et al. 2024, arXiv 2407.07263). At the full rate they lose much of what they know."""
 _PROMPT_CHARACTERS = 40
 _AMOUNTS = (10**5, 10**6, 2 * 10**7, 10**8, 2 * 10**8, 10**9, 10**11)
 """Tokens of text, of which each may ask for another model."""
-_NAMES_OF_PARTS = frozenset(
-    ("", "train", "training", "validation", "valid", "val", "dev", "test", "data", "part", "shard", "chunk")
-)
-"""What a file is called that is a part of a whole, and says nothing of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +70,7 @@ def text_run(
     output_path: str | None = None,
     text_key: str = "text",
     tokenizer: str | None = None,
+    init_from: InitFrom | None = None,
     settle: Settle | None = None,
 ) -> GrugNativeRunConfig:
     """Makes a run of the texts in a folder, or finds the corpus that an earlier call made of the same ones.
@@ -85,6 +84,7 @@ def text_run(
         output_path: folder of the run, if it is to be another than `runs/NAME`.
         text_key: field or column of the text, in files that have rows.
         tokenizer: folder with a `tokenizer.json`, or name on the Hugging Face hub, to use in place of a new one.
+        init_from: parameters to start with, whose model, and tokenizer if none is given, the run takes.
         settle: makes the config, with what the user has changed in it. It is asked before any text is read, before the
             corpus is made, and at the end.
 
@@ -92,32 +92,44 @@ def text_run(
         ValueError: if there is no text, too little of it, or a file that cannot be read as text.
     """
     settle = settle or _settle
-    run_folder = Path(output_path or runs / (run_id_from(_stem(path.resolve())) if name is None else name))
+    run_folder = Path(output_path or runs / (run_id_from(file_stem(path.resolve())) if name is None else name))
     if run_folder.resolve() == path.resolve():
         raise ValueError(
             f"output_path={str(run_folder)!r} is where the texts are, and what the run writes would be among them: "
-            f"give another folder, such as --output_path {runs / _stem(path.resolve())}-run"
+            f"give another folder, such as --output_path {runs / file_stem(path.resolve())}-run"
         )
     # Not `run_folder`, which has lost the second slash of a URL, so that it would pass for a folder.
     written = output_path or str(run_folder)
-    _check_without_text(written, settle)
+    start = None if init_from is None else _Start.of(init_from)
+    tokenizer = tokenizer or (None if start is None else start.tokenizer)
+    known = {} if tokenizer is None else {"tokenizer": tokenizer}
+    _check_without_text(written, settle, start, known)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     found = find_files("--text", path, leave_out=(runs, run_folder), text_key=text_key)
     survey = _survey(found.files, text_key, runs / "corpora")
     _say_what_was_read(path, found, survey)
     total = survey.total("bytes")
-    if total < _SMALLEST_DOMAIN:
+    if total < SMALLEST_DOMAIN:
         left_out = found.describe_left_out()
         raise ValueError(
-            f"{path} holds {total:,} bytes of text: a model needs some more, {_SMALLEST_DOMAIN:,} at the very least"
+            f"{path} holds {total:,} bytes of text: a model needs some more, {SMALLEST_DOMAIN:,} at the very least"
             f"{f'; left out: {left_out}' if left_out else ''}"
         )
     sizes = survey.bytes
     domains = text_domains(path, sizes)
-    raw = _sections(int(total / _BYTES_PER_TOKEN), written)
+    raw = _sections(int(total / _BYTES_PER_TOKEN), written, start)
     weights = {domain: sum(sizes[file] for file in files) / total for domain, files in domains.items()}
-    planned = settle(raw | {"data": {"components": {domain: {} for domain in domains}, "train_weights": weights}})
+    planned = settle(
+        raw | {"data": {"components": {domain: {} for domain in domains}, "train_weights": weights} | known}
+    )
+    rate = raw["optimizer"]["learning_rate"]
+    if start is not None and getattr(planned.optimizer, "learning_rate", None) == rate:
+        logger.info(
+            "learning rate %.0e: %g of a fresh run's, at which trained weights would lose what they know",
+            rate,
+            _CONTINUED_RATE,
+        )
     room = planned.model.max_seq_len // 2
     raw["eval"]["sample_tokens"] = max(1, min(raw["eval"]["sample_tokens"], room))
     raw["eval"]["sample_prompts"] = [_beginning(files, text_key, room - 1) for files in domains.values()]
@@ -142,6 +154,19 @@ def text_run(
 
 
 @dataclass(frozen=True)
+class _Start:
+    """What a run takes from where its first parameters are."""
+
+    init_from: InitFrom
+    model: Mapping[str, Any]
+    tokenizer: str
+
+    @staticmethod
+    def of(init_from: InitFrom) -> "_Start":
+        return _Start(init_from, *promised_model(init_from))
+
+
+@dataclass(frozen=True)
 class _NotYet:
     """Stands for the data until they are made."""
 
@@ -150,17 +175,17 @@ def _settle(raw: dict[str, Any]) -> GrugNativeRunConfig:
     return config_from_dict(raw if "cache_dir" in raw["data"] else raw | {"data": _NotYet()})
 
 
-def _check_without_text(output_path: str, settle: Settle) -> None:
+def _check_without_text(output_path: str, settle: Settle, start: _Start | None, data: Mapping[str, Any]) -> None:
     """Refuses what would be wrong with any amount of text."""
     refusals: list[ValueError] = []
-    models: list[GrugModelConfig] = []
+    models: list[Mapping[str, Any]] = []
     for tokens in _AMOUNTS:
-        raw = _sections(tokens, output_path)
+        raw = _sections(tokens, output_path, start)
         if raw["model"] in models:
             continue
         models.append(raw["model"])
         try:
-            settle(raw | {"data": {}})
+            settle(raw | {"data": data})
         except ValueError as error:
             refusals.append(error)
         else:
@@ -168,20 +193,26 @@ def _check_without_text(output_path: str, settle: Settle) -> None:
     raise refusals[0]
 
 
-def _sections(tokens: int, output_path: str) -> dict[str, Any]:
+def _sections(tokens: int, output_path: str, start: _Start | None) -> dict[str, Any]:
     """The config for so many tokens of text, but for its data."""
-    model = choose_model(tokens, on_cpu=jax.default_backend() == "cpu")
+    chosen = choose_model(tokens, on_cpu=jax.default_backend() == "cpu")
+    model = asdict(chosen) if start is None else dict(start.model)
+    seq_len = min(chosen.max_seq_len, model.get("max_seq_len", chosen.max_seq_len))
     devices = jax.device_count()
-    batch = -(-_batch_tokens() // model.max_seq_len // devices) * devices
-    steps = choose_steps(tokens, batch * model.max_seq_len)
+    batch = -(-_batch_tokens() // seq_len // devices) * devices
+    steps = choose_steps(tokens, batch * seq_len)
+    rate = (3e-3 if model.get("hidden_dim", 0) < 512 else 1e-3) * (1 if start is None else _CONTINUED_RATE)
     return {
-        "model": asdict(model),
-        "optimizer": {"type": "adamw"}
-        | asdict(
-            AdamWConfig(learning_rate=3e-3 if model.hidden_dim < 512 else 1e-3, schedule=ScheduleConfig(warmup=0.05))
-        ),
+        "model": model,
+        "optimizer": {"type": "adamw"} | asdict(AdamWConfig(learning_rate=rate, schedule=ScheduleConfig(warmup=0.05))),
         "trainer": asdict(
-            GrugTrainerConfig(num_train_steps=steps, train_batch_size=batch, minutes_per_temporary_checkpoint=1.0)
+            GrugTrainerConfig(
+                num_train_steps=steps,
+                train_batch_size=batch,
+                train_seq_len=None if start is None else seq_len,
+                init_from=None if start is None else start.init_from,
+                minutes_per_temporary_checkpoint=1.0,
+            )
         ),
         "eval": asdict(GrugEvalConfig(steps_per_eval=-(-steps // 6), max_eval_batches=4)),
         "output_path": output_path,
@@ -221,51 +252,6 @@ def _say_what_was_read(path: Path, found: FoundFiles, survey: Survey) -> None:
         logger.info("%s: passed over %s", path, ", ".join(f"{count:,} {name}" for name, count in passed.items()))
     if found.left_out:
         logger.info("%s: left out %s", path, found.describe_left_out())
-
-
-def text_domains(path: Path, sizes: Mapping[Path, int]) -> dict[str, list[Path]]:
-    """The text files under a path by domain, as in `{"md": [...], "py": [...]}`; little ones go to the largest.
-
-    Where texts of several suffixes are there, a text's domain is its suffix; else the folder in `path` where it is, or
-    `path` itself. A file with a document a row says by its suffix nothing of what is in it: its domain is the folder in
-    `path` where it is, or else its own name, without the numbers that tell parts of a whole apart.
-
-    Args:
-        path: a folder, or a file.
-        sizes: bytes of text of each file under it.
-    """
-    several = len({suffix(file) for file in sizes if suffix(file) in TEXT_SUFFIXES}) > 1
-    names: dict[str, list[Path]] = {}
-    for file in sizes:
-        names.setdefault(_domain(path, file, several_suffixes=several), []).append(file)
-    bytes_of = {name: sum(sizes[file] for file in files) for name, files in names.items()}
-    enough = max(_SMALLEST_DOMAIN, _SMALLEST_SHARE * sum(bytes_of.values()))
-    largest = max(bytes_of, key=lambda name: (bytes_of[name], name))
-    domains = {name: names[name] for name in sorted(names) if name == largest or bytes_of[name] >= enough}
-    rest = [file for name, files in names.items() if name not in domains for file in files]
-    return domains | {largest: sorted([*domains[largest], *rest])}
-
-
-def _domain(path: Path, file: Path, *, several_suffixes: bool) -> str:
-    if path.is_file():
-        return domain_name(_stem(path))
-    if suffix(file) not in ROW_SUFFIXES and several_suffixes:
-        return suffix(file).removeprefix(".")
-    folders = file.relative_to(path).parts[:-1]
-    whole = domain_name(path.resolve().name)
-    if folders:
-        return domain_name(folders[0])
-    if suffix(file) not in ROW_SUFFIXES:
-        return whole
-    unnumbered = re.sub(r"([-_.]?\d+([-_]?of[-_]?\d+)?)+$", "", _stem(file))
-    return whole if unnumbered.lower() in _NAMES_OF_PARTS else domain_name(unnumbered)
-
-
-def _stem(file: Path) -> str:
-    """The name of a file of text without its kind, or of a folder."""
-    if file.is_dir():
-        return file.name
-    return Path(file.stem if compression(file) else file.name).stem
 
 
 def choose_model(tokens: int, *, on_cpu: bool) -> GrugModelConfig:

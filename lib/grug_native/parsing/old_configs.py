@@ -8,14 +8,17 @@ from typing import Any
 def upgraded(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of a config, in today's fields; one that has them already is left as it is.
 
-    Until there was a class for each optimizer, `optimizer.kind` named it, among the fields of all of them; the
-    cross-entropy was named by the model.
+    Until a head could be tied to the embedding, none was. Until there was a class for each optimizer, `optimizer.kind`
+    named it, among the fields of all of them; the cross-entropy was named by the model.
     """
     sections = dict(raw)
     model, optimizer = sections.get("model"), sections.get("optimizer")
     if isinstance(model, Mapping) and "cross_entropy" in model:
         sections["model"] = {"type": "transformer"} | {k: v for k, v in model.items() if k != "cross_entropy"}
         sections["trainer"] = {"cross_entropy": model["cross_entropy"]} | sections.get("trainer", {})
+    model = sections.get("model")
+    if isinstance(model, Mapping) and model.get("type") == "transformer":
+        sections["model"] = {"tie_embeddings": False, **model}
     if isinstance(optimizer, Mapping) and "kind" in optimizer:
         sections["optimizer"] = _optimizer(optimizer)
     return sections

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from levanter.data._preprocessor import BatchResult
 from levanter.data.dataset import AsyncDataset
+from levanter.store.jagged_array import JaggedArrayStore
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -48,6 +49,11 @@ class CacheCatalog:
     def load(path: str) -> CacheCatalog: ...
     def write(self, path: str) -> None: ...
 
+class _ShardedJaggedArrayStore:
+    offsets: Any
+    _cache: TreeCache[Any]
+    _field: str
+
 class TreeCache(AsyncDataset[T_co]):
     ledger: CacheLedger
     cache_dir: str
@@ -61,6 +67,9 @@ class TreeCache(AsyncDataset[T_co]):
     def get_batch_sync(self, indices_or_slice: Sequence[int] | slice) -> Sequence[T_co]: ...
     def flat_field_length(self, field: str) -> int: ...
     def flat_field_num_rows(self, field: str) -> int: ...
+    def jagged_array_tree(self) -> dict[str, JaggedArrayStore | _ShardedJaggedArrayStore]: ...
+    def _ensure_shard_field_offsets(self, field: str) -> tuple[list[str], np.ndarray]: ...
+    async def _shard_field_store_async(self, shard_name: str, field: str) -> JaggedArrayStore: ...
     async def get_flat_field_batch(self, field: str, offsets: Sequence[int], length: int) -> Sequence[np.ndarray]: ...
 
 class SerialCacheWriter:

@@ -1,7 +1,7 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypedDict
 
 import draccus
 import numpy as np
@@ -9,6 +9,7 @@ from haliax import Axis
 from jax import Array
 from levanter.data.dataset import AsyncDataset
 from levanter.data.mixture import MixtureDataset
+from levanter.data.packing import GreedyPrepackedDataset
 from levanter.data.sharded_datasource import ShardedDataSource
 from levanter.data.text.examples import GrugLmExample
 from levanter.data.text.formats import LmDatasetFormatBase, TextLmDatasetFormat
@@ -16,6 +17,56 @@ from levanter.models.lm_model import LmExample
 from levanter.schedule import BatchSchedule, IntSchedule
 from levanter.store.cache import CacheOptions, TreeCache
 from levanter.tokenizers import MarinTokenizer
+
+class TokenSeqDict(TypedDict):
+    input_ids: np.ndarray
+
+class TokenSeqDataset(AsyncDataset[TokenSeqDict]):
+    doc_cache: TreeCache[dict[str, np.ndarray]]
+    seq_len: int
+    loss_weights_key: str | None
+    def __init__(
+        self, doc_cache: TreeCache[dict[str, np.ndarray]], seq_len: int, loss_weights_key: str | None = None
+    ) -> None: ...
+
+class _MappedLmDataset(AsyncDataset[GrugLmExample]):
+    async def async_len(self) -> int: ...
+    def is_finite(self) -> bool: ...
+    async def get_batch(self, indices: Sequence[int]) -> Sequence[GrugLmExample]: ...
+
+class CausalLmDataset(_MappedLmDataset):
+    dataset: AsyncDataset[TokenSeqDict]
+    eos_id: int | None
+    block_cross_document_attention: bool
+
+class PackedTokenDataset(_MappedLmDataset):
+    packed: GreedyPrepackedDataset
+    Pos: Axis
+    block_cross_document_attention: bool
+    loss_weights_key: str | None
+
+class ChatDataset(_MappedLmDataset):
+    packed: GreedyPrepackedDataset
+    Pos: Axis
+    block_cross_document_attention: bool
+    mask_user_turns: bool
+
+class PrebuiltLmDataset(_MappedLmDataset):
+    dataset: AsyncDataset[dict[str, np.ndarray]]
+    eos_id: int | None
+    block_cross_document_attention: bool
+    input_ids_key: str
+    loss_weights_key: str | None
+    loss_weight_transform: Callable[[np.ndarray], np.ndarray]
+
+def dataset_for_component(
+    component: DatasetComponent,
+    Pos: Axis,
+    cache: TreeCache[dict[str, np.ndarray]],
+    *,
+    eos_id: int | None,
+    block_cross_document_attention: bool,
+) -> AsyncDataset[GrugLmExample]: ...
 
 class NamedLmDataset(AsyncDataset[LmExample]):
     dataset: AsyncDataset[GrugLmExample]

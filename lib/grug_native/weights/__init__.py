@@ -1,0 +1,1 @@
+"""Parameters from elsewhere and for others: another run's, and Hugging Face folders, read and written."""
