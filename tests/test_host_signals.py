@@ -33,6 +33,27 @@ def test_the_first_signal_is_a_question_at_the_next_step(number: signal.Signals,
     signal.signal(signal.SIGHUP, given)
 
 
+def test_the_main_thread_knows_at_once_however_busy_the_machine_is() -> None:
+    ended = threading.Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            sum(range(1000))
+
+    busy = [threading.Thread(target=compute) for _ in range(8)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(20):
+            with StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop.should_stop() and stop.exit_code == 143
+    finally:
+        ended.set()
+        for thread in busy:
+            thread.join()
+
+
 def test_a_signal_at_the_last_moment_counts() -> None:
     for _ in range(50):
         with StopSignal() as stop:

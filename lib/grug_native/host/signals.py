@@ -61,7 +61,8 @@ class StopSignal:
 
     What comes sooner is the first one again: `uv run` and others pass on a signal that the whole group has had already.
     A thread watches for signals through a file descriptor that the C-level handler writes to, so a second signal works
-    also while the main thread compiles or waits for a device.
+    also while the main thread compiles or waits for a device. That thread may be late on a busy machine; so the main
+    thread, which is the one that asks, takes note of a signal as well.
 
     With `jax.distributed` and its preemption service, SIGTERM stays JAX's, which makes all processes stop at the same
     step (a handler of ours would disable that); SIGINT and SIGHUP are passed on to it as SIGTERM, and only a second
@@ -96,7 +97,7 @@ class StopSignal:
         handled = [signal.SIGINT] if self._synced else [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handled.append(signal.SIGHUP)
-        self._previous = {number: signal.signal(number, _do_nothing) for number in handled}
+        self._previous = {number: signal.signal(number, self._note) for number in handled}
         self._watching = threading.Thread(
             target=self._watch, args=(watched, frozenset(handled)), name="grug-signals", daemon=True
         )
@@ -132,28 +133,34 @@ class StopSignal:
             self._signal, self._agreed = self._signal or signal.SIGTERM, True
         return self.exit_code is not None
 
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
+        """Python's handler too: it keeps Python from raising KeyboardInterrupt in the middle of a step."""
+        if self._signal in (None, signal.SIGHUP):
+            self._signal = signal.Signals(number)
+
     def _watch(self, watched: socket.socket, handled: frozenset[signal.Signals]) -> None:
-        first = 0.0
+        first, since = None, 0.0
         with watched:
             while numbers := watched.recv(1):
-                if numbers[0] not in handled:
+                number = numbers[0]
+                if number not in handled:
                     continue
-                if self._signal not in (None, signal.SIGHUP):
-                    if time.monotonic() - first >= _SECONDS_APART and numbers[0] != signal.SIGHUP:
-                        os._exit(128 + numbers[0])
+                if first not in (None, signal.SIGHUP):
+                    if time.monotonic() - since >= _SECONDS_APART and number != signal.SIGHUP:
+                        os._exit(128 + number)
                     continue
-                first = time.monotonic()
-                self._signal = signal.Signals(numbers[0])
+                first, since = signal.Signals(number), time.monotonic()
+                self._note(first)
                 if self._synced:
-                    _warn("%s: saving at the next step; a second SIGINT ends this at once", self._signal.name)
+                    _warn("%s: saving at the next step; a second SIGINT ends this at once", first.name)
                     os.kill(os.getpid(), signal.SIGTERM)
                     continue
                 if self.nothing_to_lose and not hasattr(sys, "ps1"):
                     time.sleep(_SECONDS_TO_ASK)
                     if self.nothing_to_lose and self._wakeup is not None:
-                        _warn("%s: there is nothing to save yet", self._signal.name)
-                        os._exit(128 + self._signal)
-                _warn("%s: saving at the next step; another one ends this at once", self._signal.name)
+                        _warn("%s: there is nothing to save yet", first.name)
+                        os._exit(128 + first)
+                _warn("%s: saving at the next step; another one ends this at once", first.name)
 
 
 _SECONDS_APART = 1.0
@@ -171,7 +178,3 @@ _entered: ContextVar[StopSignal | None] = ContextVar("grug_stop_signal", default
 def _warn(message: str, name: str) -> None:
     """Logs a message. What the main thread writes may be held up, and holds the lock of the log meanwhile."""
     say_soon(lambda: logger.warning(message, name))
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Keeps Python from raising KeyboardInterrupt in the middle of a step; the watching thread does the work."""
