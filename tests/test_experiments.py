@@ -11,7 +11,7 @@ from grug_native.host.run_folder import RunLock
 from grug_native.host.signals import ExitCode
 from grug_native.metrics import parameter_counts
 from grug_native.model import MODEL_PRESETS
-from grug_native.optimizer import AdamWConfig
+from grug_native.recommended import recommended_optimizer
 from grug_native.runner import GrugRunner
 from tests.fixtures_run import MakeRun
 
@@ -74,7 +74,7 @@ def test_a_real_size_is_the_speedruns(size: str) -> None:
         config.trainer.data_offset(config.trainer.num_train_steps) * 2048,
     )
     assert (config.trainer.train_batch_size, config.seq_len) == (128, 2048)
-    assert config.optimizer == AdamWConfig(learning_rate=3e-3, weight_decay=0.1)
+    assert config.optimizer == recommended_optimizer(config.model.hidden_dim)
     assert config.data.tokenizer == speedrun.LLAMA3_TOKENIZER and config.model.vocab_size == 128_256
     assert abs(tokens - 20 * parameter_counts(config.model)["total"]) < 128 * 2048
     assert speedrun.build_run(size, num_train_steps=7).trainer.num_train_steps == 7 != steps

@@ -19,6 +19,7 @@ from grug_native.evaluation.config import GrugEvalConfig
 from grug_native.host.process import GPU_FLAGS
 from grug_native.optimizer import MuonConfig
 from grug_native.plan import build_plan, tokenizer_size
+from grug_native.recommended import recommended_in_words
 from grug_native.run_plan import RunPlan
 from grug_native.runner import GrugRunner
 from grug_native.schedule import ScheduleConfig
@@ -74,6 +75,7 @@ def test_the_numbers(tmp_path: Path) -> None:
     groups = {group.path: group.group for group in plan.routing}
     assert groups[".blocks.mlp.up"] == "muon, rate 0.01, decay 0.1"
     assert groups[".embed"] == "adamw, rate 0.01"
+    assert plan.recommended == recommended_in_words(32) and "recommended" in str(plan)
     choices = {choice.what: choice.name for choice in plan.choices}
     assert {what: name for what, name in choices.items() if what.islower()} == {
         "attention": "blocked",

@@ -358,7 +358,7 @@ def test_texts_of_one_s_own_go_on_where_the_model_is(
     assert replace(config.model, head_dim=None) == SMALL_MODEL
     assert config.data.tokenizer == (source.config.data.tokenizer if kind == "run" else str(source.hf))
     assert config.optimizer.learning_rate == pytest.approx(3e-4)
-    assert "learning rate 3e-04: 0.1 of a fresh run's, at which trained weights would lose" in caplog.text
+    assert "learning rate 3e-04: 0.1 of AdamW's usual one, at which trained weights would lose" in caplog.text
     if kind == "hf":
         runner = GrugRunner(config)
         _, metrics = runner.train_step(runner.init_state(), runner.batch(0))

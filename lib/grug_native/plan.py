@@ -28,9 +28,11 @@ from grug_native.host.process import CACHE_VARIABLE, FLAGS_VARIABLE, GPU_FLAGS, 
 from grug_native.host.run_folder import is_bucket, local_path
 from grug_native.kernels.backend import current_backend
 from grug_native.kernels.choices import Choice, noted_choices
+from grug_native.language_model import LanguageModel, parameter_kinds
 from grug_native.loss import next_token_loss
 from grug_native.metrics import flops_per_token, parameter_counts
 from grug_native.microbatches import reduce_once
+from grug_native.recommended import recommended_in_words
 from grug_native.run_plan import MixtureStages, RunPlan, Timing
 from grug_native.sharding import batch_shards
 
@@ -81,6 +83,7 @@ def build_plan(parts: RunParts, *, compile: bool = False, measure: int = 0) -> R
         parameters=parameter_counts(model),
         routing=parts.optimizer.routing(state.params),
         learning_rates=_learning_rates(parts),
+        recommended=_recommended(state.params),
         flops_per_token=flops,
         total_flops=tokens * flops.full,
         steps=steps,
@@ -170,6 +173,12 @@ def _disk_free(output_path: str) -> int | None:
         return None
     folder = local_path(output_path)
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _recommended(params: LanguageModel) -> str | None:
+    kinds, leaves = jax.tree.leaves(parameter_kinds(params)), jax.tree.leaves(params)
+    widths = [leaf.shape[-1] for kind, leaf in zip(kinds, leaves, strict=True) if kind == "embedding"]
+    return recommended_in_words(widths[0]) if widths else None
 
 
 def _learning_rates(parts: RunParts) -> tuple[tuple[int, float], ...]:

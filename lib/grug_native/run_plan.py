@@ -59,6 +59,8 @@ class RunPlan:
     """What the optimizer does to each parameter."""
     learning_rates: tuple[tuple[int, float], ...]
     """Learning rate at some steps of the schedule."""
+    recommended: str | None
+    """The optimizer that is recommended for this width, in words; None for a model without an embedding."""
     flops_per_token: FlopsPerToken
     """Operations of a training token, under both conventions."""
     total_flops: float
@@ -148,6 +150,8 @@ def _optimization(plan: RunPlan) -> _Rows:
         split = plan.shardings[route.path]
         yield f"  {route.path.lstrip('.')}", f"{list(route.shape)} over ({split}): {route.group}"
     yield "learning rate", ", ".join(f"{rate:.2e} at {step}" for step, rate in plan.learning_rates)
+    if plan.recommended is not None:
+        yield "recommended", plan.recommended
 
 
 def _data(plan: RunPlan) -> _Rows:

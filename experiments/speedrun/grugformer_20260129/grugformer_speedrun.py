@@ -23,16 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from grug_native import (
-    ScheduleConfig,
     MODEL_PRESETS,
     GrugEvalConfig,
     GrugNativeRunConfig,
-    AdamWConfig,
     GrugTrainerConfig,
 )
 from grug_native.launch.exit_codes import explained_exit
 from grug_native.launch.job import train_to_results
 from grug_native.metrics import flops_per_token, parameter_counts
+from grug_native.recommended import recommended_optimizer
 from grug_native.components import load_tokenizer
 from grug_native.tracking.progress import configure_logging
 from grug_native.launch.summary import print_results
@@ -87,13 +86,14 @@ def build_run(
     if size not in MODEL_PRESETS:
         raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(SIZES)}")
     model = MODEL_PRESETS[size]
+    optimizer = recommended_optimizer(model.hidden_dim)
     output_path = output_path or f"runs/grugformer-{size}"
     steps = num_train_steps
     if size == "tiny":
         return GrugNativeRunConfig(
             model=model,
             data=data or local_data("runs/corpora", output_path=output_path),
-            optimizer=AdamWConfig(learning_rate=3e-3, weight_decay=0.1, schedule=ScheduleConfig(warmup=0.05)),
+            optimizer=optimizer,
             trainer=GrugTrainerConfig(num_train_steps=340 if steps is None else steps, train_batch_size=16),
             eval=GrugEvalConfig(
                 steps_per_eval=85, max_eval_batches=8, sample_prompts=("def main(", "The value of"), sample_tokens=48
@@ -106,7 +106,7 @@ def build_run(
     return GrugNativeRunConfig(
         model=model,
         data=data or hub_data("fineweb-edu", "runs/caches"),
-        optimizer=AdamWConfig(learning_rate=3e-3, weight_decay=0.1),
+        optimizer=optimizer,
         trainer=GrugTrainerConfig(
             num_train_steps=steps,
             train_batch_size=batch,

@@ -31,6 +31,7 @@ from grug_native.launch.text_domains import text_domains as text_domains
 from grug_native.metrics import parameter_counts
 from grug_native.model import GrugModelConfig
 from grug_native.optimizer import AdamWConfig
+from grug_native.recommended import recommended_optimizer
 from grug_native.schedule import ScheduleConfig
 from grug_native.weights.config import InitFrom
 from grug_native.weights.init_from import promised_model
@@ -45,7 +46,7 @@ _CPU_STEPS_PER_CORE = 256
 _MOST_CPU_CORES = 16
 """More cores than this do not make so small a model faster."""
 _CONTINUED_RATE = 0.1
-"""Of a fresh run's peak rate, for weights that are trained: about where schedules end, and where pretraining is best
+"""Of AdamW's usual peak rate, for weights that are trained: about where schedules end, and where pretraining is best
 continued (Parmar et al. 2024, arXiv 2407.07263). At the full rate they lose much of what they know."""
 _PROMPT_CHARACTERS = 40
 _AMOUNTS = (10**5, 10**6, 2 * 10**7, 10**8, 2 * 10**8, 10**9, 10**11)
@@ -126,7 +127,7 @@ def text_run(
     rate = raw["optimizer"]["learning_rate"]
     if start is not None and getattr(planned.optimizer, "learning_rate", None) == rate:
         logger.info(
-            "learning rate %.0e: %g of a fresh run's, at which trained weights would lose what they know",
+            "learning rate %.0e: %g of AdamW's usual one, at which trained weights would lose what they know",
             rate,
             _CONTINUED_RATE,
         )
@@ -201,10 +202,9 @@ def _sections(tokens: int, output_path: str, start: _Start | None) -> dict[str, 
     devices = jax.device_count()
     batch = -(-_batch_tokens() // seq_len // devices) * devices
     steps = choose_steps(tokens, batch * seq_len)
-    rate = (3e-3 if model.get("hidden_dim", 0) < 512 else 1e-3) * (1 if start is None else _CONTINUED_RATE)
     return {
         "model": model,
-        "optimizer": {"type": "adamw"} | asdict(AdamWConfig(learning_rate=rate, schedule=ScheduleConfig(warmup=0.05))),
+        "optimizer": _optimizer(chosen) if start is None else _continuing(model),
         "trainer": asdict(
             GrugTrainerConfig(
                 num_train_steps=steps,
@@ -217,6 +217,15 @@ def _sections(tokens: int, output_path: str, start: _Start | None) -> dict[str, 
         "eval": asdict(GrugEvalConfig(steps_per_eval=-(-steps // 6), max_eval_batches=4)),
         "output_path": output_path,
     }
+
+
+def _optimizer(model: GrugModelConfig) -> dict[str, Any]:
+    return {"type": "muon"} | asdict(recommended_optimizer(model.hidden_dim))
+
+
+def _continuing(model: Mapping[str, Any]) -> dict[str, Any]:
+    rate = _CONTINUED_RATE * (3e-3 if model.get("hidden_dim", 0) < 512 else 1e-3)
+    return {"type": "adamw"} | asdict(AdamWConfig(learning_rate=rate, schedule=ScheduleConfig(warmup=0.05)))
 
 
 def _own_tokenizer(output_path: str) -> str | None:

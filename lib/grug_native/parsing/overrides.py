@@ -7,6 +7,8 @@ from typing import Any
 from grug_native.parsing.check import read_value
 from grug_native.parsing.named_types import shared_fields
 
+_OF_ANY_OPTIMIZER = ("schedule", "max_grad_norm")
+
 
 def overridden(kind: type, raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Sets fields of a config's sections by their dotted names.
@@ -17,7 +19,8 @@ def overridden(kind: type, raw: Mapping[str, Any], overrides: Sequence[tuple[str
         overrides: pairs of a name, as in `trainer.mesh.data`, and a value in YAML, as in `2` or `[1, 2]`;
             where a field is text, the value is taken as it is.
 
-    Where another class of model or optimizer is named, the fields that it does not have are left out.
+    Where another class of model is named, the fields that it does not have are left out. Of an optimizer that gives way
+    to another, the schedule and the clipping stay: rates that were chosen for one are wrong for the next.
 
     Raises:
         ValueError: if what a name leads through is no section, or a value is no YAML.
@@ -25,8 +28,11 @@ def overridden(kind: type, raw: Mapping[str, Any], overrides: Sequence[tuple[str
     changed = copy.deepcopy(dict(raw))
     for section in ("model", "optimizer"):
         for named in (value for name, value in overrides if name == f"{section}.type"):
-            if isinstance(changed.get(section), dict):
-                changed[section] = shared_fields(section, changed[section], named)
+            given = changed.get(section)
+            if isinstance(given, dict):
+                if section == "optimizer" and given.get("type") != named:
+                    given = {key: value for key, value in given.items() if key in _OF_ANY_OPTIMIZER}
+                changed[section] = shared_fields(section, given, named)
     for name, value in overrides:
         *parents, key = name.split(".")
         section = changed
