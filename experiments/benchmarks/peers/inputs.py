@@ -75,7 +75,6 @@ def main() -> None:
     flops = flops_per_token(config, job.sizes.seq_len)._asdict()
     if job.levanter_weights:
         assert isinstance(params, Transformer)
-        assert isinstance(params, Transformer)
         write_levanter_weights(job, params)
     # Last, for it says that the others are there.
     (folder / "flops.json").write_text(json.dumps(flops | {"parameters": parameter_counts(config)["total"]}))

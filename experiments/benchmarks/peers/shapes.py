@@ -42,10 +42,12 @@ SHAPES = {
     "CPU-V": _shape(50_304, 512, 1408, 6, 8, 512, 8),
     "G-124M": _shape(50_304, 768, 2048, 12, 12, 1024, 16),
     "G-1.3B": _shape(128_256, 2048, 5632, 24, 16, 2048, 8),
+    "CPU-R": _shape(1024, 128, 352, 2, 4, 128, 16),
     "toy": _shape(512, 64, 128, 2, 2, 64, 4),
     "host": _shape(512, 8, 16, 1, 1, 8, 2),
 }
-"""`toy` is for the tests. `host` computes next to nothing: its step is what a contender does on the host."""
+"""`CPU-R` is the model of the studies of optimizers. `toy` is for the tests. `host` computes next to nothing: its step
+is what a contender does on the host."""
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-5
