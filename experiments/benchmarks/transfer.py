@@ -2,12 +2,11 @@
 
 At three small sizes the peak rates of the matrices, the head and the embedding are tuned one after the other: by
 factors of two until the best has a worse one on each side; the bottom of the parabola through these three, over the
-rate's logarithm, is the rate of that size. Three rules say the last size's rates without a look at it, and are trained
-there:
+rate's logarithm, is the rate of that size. Three rules say the last size's rates, and are trained there:
 
 - `fitted`: the line through the small sizes, over the logarithm of the width;
 - `constant`: the rates of the last of the small sizes;
-- `recommended`: those of `grug_native.recommended`.
+- `recommended`: those of `grug_native.recommended`, which was made of what came out here.
 
 Then the rates of matrices and head are tuned there as well, from the best of the three, and the losses are compared. At
 last the matrices' rate of the first size is tuned for more steps, and for larger batches. Runs are kept in a file as
