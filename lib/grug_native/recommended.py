@@ -11,8 +11,8 @@ from grug_native.schedule import ScheduleConfig
 def recommended_optimizer(width: int) -> MuonConfig:
     """Muon, with rates of their own for embedding, head and norms.
 
-    The rates of matrices and head go with width^-0.8, which is what tuning each of four widths came to; theory has 1 for
-    the head of a wide model (Yang et al. 2022, arXiv 2203.03466). Those of the embedding and the norms stay.
+    The rates of matrices and head go with width^-0.8, which is what tuning each of four widths came to; theory has
+    width^-1 for the head of a wide model (Yang et al. 2022, arXiv 2203.03466). Those of embedding and norms stay.
 
     Args:
         width: of the residual stream.
