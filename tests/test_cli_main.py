@@ -515,3 +515,9 @@ def test_a_config_with_overrides_round_trips(make_run: MakeRun) -> None:
     muon = config_from_dict(with_overrides(raw, [("optimizer.momentum", "0.9"), ("optimizer.type", "muon")])).optimizer
     assert isinstance(muon, MuonConfig) and (muon.momentum, muon.schedule.warmup) == (0.9, 2)
     assert muon.learning_rate == MuonConfig().learning_rate  # AdamW's would be wrong for it
+    same = [("optimizer.type", "grug_native.optimizer:AdamWConfig")]
+    assert config_from_dict(with_overrides(raw, same)).optimizer == config_from_dict(raw).optimizer
+    nameless = raw | {"optimizer": {"learning_rate": 0.02}}
+    assert config_from_dict(with_overrides(nameless, [("optimizer.type", "adamw")])).optimizer == AdamWConfig(
+        learning_rate=0.02
+    )

@@ -74,7 +74,7 @@ def test_a_real_size_is_the_speedruns(size: str) -> None:
         config.trainer.data_offset(config.trainer.num_train_steps) * 2048,
     )
     assert (config.trainer.train_batch_size, config.seq_len) == (128, 2048)
-    assert config.optimizer == recommended_optimizer(config.model.hidden_dim)
+    assert config.optimizer == recommended_optimizer(MODEL_PRESETS[size].hidden_dim)
     assert config.data.tokenizer == speedrun.LLAMA3_TOKENIZER and config.model.vocab_size == 128_256
     assert abs(tokens - 20 * parameter_counts(config.model)["total"]) < 128 * 2048
     assert speedrun.build_run(size, num_train_steps=7).trainer.num_train_steps == 7 != steps

@@ -23,6 +23,9 @@ _OURS: dict[str, dict[str, str]] = {
 }
 """Short names of our own classes by section; the first is the one that a file without `type` means."""
 
+_OF_ANY_OPTIMIZER = {"schedule", "max_grad_norm"}
+"""Rates, betas and decay of one are wrong for another."""
+
 _METHODS = {"model": ("init",), "optimizer": ("build", "build_schedule", "groups")}
 """What a class of yours has to have."""
 
@@ -61,8 +64,12 @@ def decode_named(section: str, raw: Mapping[str, Any]) -> Any:
 
 
 def shared_fields(section: str, raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Of a section, what a class has that is to take the place of another."""
+    """Of a section, what stays where a class is named; of another optimizer, only what is not its own to choose."""
     known = {item.name for item in fields(_find_class(section, kind))}
+    if section == "optimizer" and _address(section, kind) != _address(
+        section, raw.get("type", next(iter(_OURS[section])))
+    ):
+        known &= _OF_ANY_OPTIMIZER
     return {name: value for name, value in raw.items() if name in known}
 
 
@@ -76,9 +83,13 @@ def _decode_levanter(raw: Any) -> Any:
     return raw
 
 
+def _address(section: str, name: Any) -> str:
+    return _OURS[section].get(name, str(name))
+
+
 def _find_class(section: str, name: Any) -> type:
     ours = _OURS[section]
-    module, colon, attribute = ours.get(name, str(name)).partition(":")
+    module, colon, attribute = _address(section, name).partition(":")
     if not colon:
         raise ValueError(
             f"{section}.type={name!r} is unknown: choose one of {', '.join(ours)}, or name a class of yours as "

@@ -7,8 +7,6 @@ from typing import Any
 from grug_native.parsing.check import read_value
 from grug_native.parsing.named_types import shared_fields
 
-_OF_ANY_OPTIMIZER = ("schedule", "max_grad_norm")
-
 
 def overridden(kind: type, raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Sets fields of a config's sections by their dotted names.
@@ -28,11 +26,8 @@ def overridden(kind: type, raw: Mapping[str, Any], overrides: Sequence[tuple[str
     changed = copy.deepcopy(dict(raw))
     for section in ("model", "optimizer"):
         for named in (value for name, value in overrides if name == f"{section}.type"):
-            given = changed.get(section)
-            if isinstance(given, dict):
-                if section == "optimizer" and given.get("type") != named:
-                    given = {key: value for key, value in given.items() if key in _OF_ANY_OPTIMIZER}
-                changed[section] = shared_fields(section, given, named)
+            if isinstance(changed.get(section), dict):
+                changed[section] = shared_fields(section, changed[section], named)
     for name, value in overrides:
         *parents, key = name.split(".")
         section = changed
