@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -51,11 +53,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of
 LONGEST = ("test_variants.py", "test_train.py", "test_lowering.py")
 """Files that come first, lest one worker be left alone with them; then come the folders, whose tests are long."""
 
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+"""A compiled program takes eight of a process's memory mappings. Linux has 65,530 for each process, past which XLA ends
+in a segmentation fault, and a worker compiles thousands of programs."""
+
 pytest_plugins = ["tests.fixtures_data", "tests.fixtures_run"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Generator[None]:
+    """Lets go of what the files before have compiled, once it is much."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure() -> None:
