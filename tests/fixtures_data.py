@@ -13,6 +13,7 @@ import yaml
 
 if TYPE_CHECKING:
     from levanter.data.text.datasets import LmDataConfig
+    from levanter.tokenizers import HfMarinTokenizer
 
 WORDS = ["grug", "brain", "say", "complexity", "very", "bad", "spirit", "demon", "enter", "codebase", "ögg", "日本"]
 
@@ -67,6 +68,16 @@ def small_corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         validation_fraction=0.2,
         mixture_block_size=8,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small_corpus: "LmDataConfig") -> "HfMarinTokenizer":
+    """That of `small_corpus`."""
+    from levanter.tokenizers import HfMarinTokenizer
+
+    tokenizer = small_corpus.the_tokenizer
+    assert isinstance(tokenizer, HfMarinTokenizer)
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

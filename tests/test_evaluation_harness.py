@@ -42,7 +42,7 @@ from tests.fixtures_run import SMALL_MODEL, llama, without_runtime_types
 from tests.tolerance import loss_terms, tolerance
 
 if TYPE_CHECKING:
-    from levanter.data.text.datasets import LmDataConfig
+    pass
 
 type MakeTask = Callable[..., dict[str, Any]]
 
@@ -50,11 +50,6 @@ DOCUMENTS = [
     {"good": f"grug say {make_text(seed, 8)}", "bad": f"say grug {make_text(seed, 8)}", "text": make_text(seed, 40)}
     for seed in range(12)
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_corpus: "LmDataConfig") -> MarinTokenizer:
-    return small_corpus.the_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +162,7 @@ def test_local_tasks_of_each_kind_and_spelling(
 
 def _surroundings() -> tuple[object, ...]:
     """What lm-eval might leave changed: random states and the environment."""
-    return random.getstate(), str(np.random.get_state()), dict(os.environ)  # noqa: NPY002
+    return random.getstate(), str(np.random.get_state()), dict(os.environ)  # noqa: NPY002 - what lm-eval seeds
 
 
 @pytest.mark.usefixtures("no_index")

@@ -10,7 +10,7 @@ import pytest
 from levanter.data.dataset import ListAsyncDataset
 from levanter.data.text.examples import GrugLmExample
 from levanter.grug.attention import AttentionMask
-from levanter.tokenizers import MarinTokenizer
+from levanter.tokenizers import HfMarinTokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
@@ -25,16 +25,11 @@ from tests.fixtures_run import SMALL_MODEL
 from tests.tolerance import loss_terms, tolerance
 
 if TYPE_CHECKING:
-    from levanter.data.text.datasets import LmDataConfig
+    pass
 
 ROW = SMALL_MODEL.max_seq_len
 TERMS = loss_terms(SMALL_MODEL, ROW, ROW)
 TEXTS = [make_text(seed, 8 * seed) for seed in range(1, 6)] + ["ö", "日本 🐕", "grug " * 31]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_corpus: "LmDataConfig") -> MarinTokenizer:
-    return small_corpus.the_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def scorer() -> Scorer:
 
 
 @pytest.fixture(scope="module")
-def model(scorer: Scorer, tokenizer: MarinTokenizer) -> GrugLM:
+def model(scorer: Scorer, tokenizer: HfMarinTokenizer) -> GrugLM:
     return GrugLM(scorer, tokenizer)
 
 
@@ -57,7 +52,7 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance
     ]
 
 
-def test_pairs_are_encoded_as_lm_eval_encodes_them(model: GrugLM, tokenizer: MarinTokenizer) -> None:
+def test_pairs_are_encoded_as_lm_eval_encodes_them(model: GrugLM, tokenizer: HfMarinTokenizer) -> None:
     pairs = [
         ("", " grug brain"),
         ("", f"{tokenizer.eos_token}grug"),  # text, spelled out
@@ -77,7 +72,7 @@ def test_pairs_are_encoded_as_lm_eval_encodes_them(model: GrugLM, tokenizer: Mar
     assert model.loglikelihood(_instances("loglikelihood", [("grug", "")])) == [(0.0, True)]
 
 
-def test_rolling_equals_a_reference_written_by_hand(model: GrugLM, scorer: Scorer, tokenizer: MarinTokenizer) -> None:
+def test_rolling_equals_a_reference_written_by_hand(model: GrugLM, scorer: Scorer, tokenizer: HfMarinTokenizer) -> None:
     found = model.loglikelihood_rolling(_instances("loglikelihood_rolling", [(text,) for text in [*TEXTS, ""]]))
     assert found[-1] == 0.0
     assert tokenizer.eos_token_id is not None
@@ -93,7 +88,7 @@ def test_rolling_equals_a_reference_written_by_hand(model: GrugLM, scorer: Score
 
 
 def test_bits_per_byte_of_documents_equal_those_of_the_evaluation(
-    model: GrugLM, scorer: Scorer, tokenizer: MarinTokenizer
+    model: GrugLM, scorer: Scorer, tokenizer: HfMarinTokenizer
 ) -> None:
     texts = [text for text in TEXTS if len(tokenizer.encode(text)) < ROW]
     eos = tokenizer.eos_token_id
@@ -117,7 +112,7 @@ def test_bits_per_byte_of_documents_equal_those_of_the_evaluation(
     assert evaluation.evaluate(scorer.params)["eval/bpb_exact"] == pytest.approx(theirs, abs=tolerance(TERMS, theirs))
 
 
-def test_generation_stops_where_the_task_says(model: GrugLM, scorer: Scorer, tokenizer: MarinTokenizer) -> None:
+def test_generation_stops_where_the_task_says(model: GrugLM, scorer: Scorer, tokenizer: HfMarinTokenizer) -> None:
     prompt = "grug brain say"
     ids = generate(scorer.params, tokenizer.encode(prompt), max_new_tokens=12, temperature=0.0)
     text = tokenizer.decode(ids)
@@ -188,11 +183,11 @@ def test_settings_that_cannot_be_are_named_with_their_document(
         model.generate_until(requests)
 
 
-def test_documents_begin_as_in_training(scorer: Scorer, tokenizer: MarinTokenizer) -> None:
+def test_documents_begin_as_in_training(scorer: Scorer, tokenizer: HfMarinTokenizer) -> None:
     plain = GrugLM(scorer, tokenizer)
     assert plain.prefix_token_id == plain.eot_token_id == tokenizer.eos_token_id
     assert plain.tok_encode("grug") == tokenizer.encode("grug")
-    with_bos = GrugLM(scorer, replace(tokenizer, _bos_id=7, _bos_token="x"))  # pyright: ignore[reportArgumentType] - a dataclass
+    with_bos = GrugLM(scorer, replace(tokenizer, _bos_id=7, _bos_token="x"))
     assert with_bos.prefix_token_id == 7
     assert with_bos.tok_encode("grug") == [7, *tokenizer.encode("grug")]
     assert with_bos.tok_encode("grug", add_special_tokens=False) == tokenizer.encode("grug")
@@ -202,4 +197,4 @@ def test_documents_begin_as_in_training(scorer: Scorer, tokenizer: MarinTokenize
     wanted = expected.log_likelihood
     assert with_bos.loglikelihood(pair)[0][0] == pytest.approx(wanted, abs=tolerance(TERMS, wanted))
     with pytest.raises(ValueError, match="no EOS token"):
-        GrugLM(scorer, replace(tokenizer, _eos_id=None))  # pyright: ignore[reportArgumentType] - a dataclass
+        GrugLM(scorer, replace(tokenizer, _eos_id=None))

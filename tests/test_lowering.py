@@ -19,7 +19,7 @@ from grug_native.evaluation.generate import (
     _extend,  # pyright: ignore[reportPrivateUsage] - it is lowered
     _gathered,  # pyright: ignore[reportPrivateUsage] - it is lowered
     _read_prompts,  # pyright: ignore[reportPrivateUsage] - it is lowered
-    _Texts,  # pyright: ignore[reportPrivateUsage] - its arguments
+    _Texts,  # pyright: ignore[reportPrivateUsage] - what is lowered takes it
 )
 from grug_native.evaluation.perplexity import _position_losses  # pyright: ignore[reportPrivateUsage] - it is lowered
 from grug_native.evaluation.scoring import _score_batch  # pyright: ignore[reportPrivateUsage] - it is lowered

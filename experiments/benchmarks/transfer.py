@@ -69,6 +69,9 @@ class Sizes:
     """By which the steps, and then the batch, are multiplied at the end."""
 
 
+SIZES = Sizes()
+
+
 def muon(rates: Rates) -> MuonConfig:
     """The recommended optimizer with these rates."""
     usual = recommended_optimizer(MODEL.hidden_dim)
@@ -119,7 +122,7 @@ def fitted(tuned: Mapping[int, Rates], width: int) -> Rates:
     return {kind: float(np.exp(np.polyval(line, math.log(width)))) for kind, line in lines.items()}
 
 
-def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> None:
+def main(argv: Sequence[str] | None = None, sizes: Sizes = SIZES) -> None:
     """Runs the study, or goes on with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer.jsonl"), help="file of the finished runs")
@@ -127,7 +130,6 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> None:
     parser.add_argument("--most", type=int, help="runs to train at each size now at most")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args(argv)
-    sizes = sizes or Sizes()
 
     def ends_at(place: int, longer: int = 1, larger: int = 1) -> Callable[[Rates], float]:
         model = (*sizes.small, sizes.last)[place]
